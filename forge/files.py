@@ -1,0 +1,222 @@
+"""Files that survive a kill at any instant: atomic writes, blobs named by their hash, and the run directory.
+
+A writer writes a temporary file beside the target, syncs it and renames it; whatever makes the file visible (a stage
+marker, an index) is written after it in the same way. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import IO, Any
+import uuid
+
+import yaml
+
+from forge.config import RunConfig, parse_config
+from forge.errors import RunMismatchError, StorageError, storage_errors
+from forge.vocabulary import CHUNK_BYTES
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that becomes `path`, whole and synced, when the block ends without an error.
+
+    Raises:
+        StorageError: the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path` atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        StorageError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"Cannot read {path}: it is missing or damaged.", detail=str(error)) from error
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of a file, read in chunks of 1 MiB.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors(path), open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put the content of `source` at `target` atomically: a hard link where the file system has them, else a copy.
+
+    Raises:
+        StorageError: the disk is full or the directory cannot be written.
+    """
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    with storage_errors(target):
+        try:
+            os.link(source, temporary)
+            os.replace(temporary, target)
+        except OSError:
+            with atomic_file(target) as out, open(source, "rb") as file:
+                shutil.copyfileobj(file, out, CHUNK_BYTES)
+        finally:
+            # rename(2) does nothing when both names are links to one file already, and leaves the temporary name.
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what an earlier, killed process left half-written in `directory` (not in its sub-directories)."""
+    if directory.is_dir():
+        for path in directory.glob(f"*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+class BlobStore:
+    """Content-addressed files: `DIRECTORY/<sha256>`.
+
+    Args:
+        directory: where the blobs lie; made when first needed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, sha256: str) -> Path:
+        """Where the blob is or would be.
+
+        Raises:
+            StorageError: `sha256` is not 64 hexadecimal digits, so it could name a file outside the store.
+        """
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise StorageError(f"{sha256[:80]!r} is not the sha256 of a blob.")
+        return self.directory / sha256
+
+    def has(self, sha256: str) -> bool:
+        """Whether the blob is here."""
+        return self.path(sha256).is_file()
+
+    def adopt(self, file: Path) -> str:
+        """Move a finished file of this file system into the store and return its sha256."""
+        sha256 = hash_file(file)
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(file, self.path(sha256))
+            _sync_directory(self.directory)
+        return sha256
+
+
+class RunDirectory:
+    """The files of one run.
+
+    run.yaml (resolved config) · run.json (run id) · stages/ (markers) · data/ · work/ (checkpoints) · blobs/ · model/ ·
+    reports/ · events.jsonl · forge.db (coordinator only)
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.blobs = BlobStore(root / "blobs")
+        self.data = root / "data"
+        self.work = root / "work"
+        self.model = root / "model"
+        self.reports = root / "reports"
+        self.database = root / "forge.db"
+
+    @classmethod
+    def open(cls, root: Path, config: RunConfig) -> RunDirectory:
+        """Create a run directory for `config`, or go on with one that holds the same config.
+
+        Raises:
+            RunMismatchError: the directory holds a run with another config.
+            StorageError: the directory cannot be written.
+        """
+        run = cls(root)
+        resolved = root / "run.yaml"
+        if resolved.is_file():
+            held = run.config
+            if held.fingerprint != config.fingerprint:
+                raise RunMismatchError(
+                    f"{root} holds the run {held.name!r} with another config (fingerprint {held.fingerprint[:12]}, asked "
+                    f"for {config.fingerprint[:12]}): choose another run directory, or delete this one to start anew.")  # fmt: skip
+        with storage_errors(root):
+            for directory in (run.blobs.directory, run.data, run.work, run.reports, root / "stages"):
+                directory.mkdir(parents=True, exist_ok=True)
+                remove_temporaries(directory)
+            remove_temporaries(root)
+        if not (root / "run.json").is_file():
+            write_json(root / "run.json", {"run_id": uuid.uuid4().hex})
+        write_bytes(resolved, config.to_yaml().encode())
+        return run
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved config of the run."""
+        path = self.root / "run.yaml"
+        try:
+            return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        except OSError as error:
+            raise StorageError(f"{self.root} is not a run directory: it has no readable run.yaml.") from error
+
+    @property
+    def run_id(self) -> str:
+        """The run's id: 32 hexadecimal digits, made when the directory was."""
+        return str(read_json(self.root / "run.json")["run_id"])
+
+    def marker(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left: its facts and outputs, or None while it is not finished."""
+        path = self.root / "stages" / f"{stage}.json"
+        return dict(read_json(path)) if path.is_file() else None
+
+    def finish(self, stage: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """Mark a stage finished. Everything it made must be synced before."""
+        write_json(self.root / "stages" / f"{stage}.json", facts)
+        return facts
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make renames in `directory` durable, where the system can open directories (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""The words of the project as constants: stages, file names and versions, each defined once.
+
+run, shared components, partition, expert, shard, lease, node, coordinator, receipt, assembled model.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Version of the wire contract; a node and a coordinator must agree on it.
+PROTOCOL_VERSION: Final = 1
+#: Version of the shard format, written into every shard's metadata.
+SHARD_FORMAT_VERSION: Final = "1"
+#: Default address of a coordinator.
+DEFAULT_PORT: Final = 7433
+#: Bytes of one message of a transfer. gRPC's default cap of 4 MiB stays as it is.
+CHUNK_BYTES: Final = 1 << 20
+
+#: Stages of the pipeline in order. The first five end with a marker `stages/NAME.json`.
+STAGES: Final = ("prepare", "shared", "partition", "router", "publish")
+
+END_OF_TEXT: Final = "<|endoftext|>"
+
+#: Files of the assembled model.
+SHARED_FILE: Final = "shared.safetensors"
+ROUTER_FILE: Final = "router.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+#: What is in the model directory and who made it; written last.
+MANIFEST_FILE: Final = "modularforge.json"
+
+#: Keys of a shard's safetensors metadata.
+SHARD_KEYS: Final = (
+    "run_id", "config_fingerprint", "shared_sha256", "partition", "tokens_seen", "final_loss", "format_version",
+)  # fmt: skip
+
+
+def expert_file(partition: int) -> str:
+    """Name of an expert's file in the assembled model, such as `expert-003.safetensors`."""
+    return f"expert-{partition:03d}.safetensors"
