@@ -1,0 +1,108 @@
+"""Causal self-attention with rotary positions and grouped queries, and the cache that makes generation linear.
+
+Shape suffixes: B batch, T new tokens, S all tokens so far (S = T without a cache), D d_model, N query heads,
+K key/value heads, H head_dim. `x_BTD` has shape (B, T, D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+
+from forge.config import ModelConfig
+from forge.model.layers import Linear
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class KeyValueCache:
+    """Keys and values of every layer for the tokens a model has seen, in buffers of fixed size.
+
+    Args:
+        config: the model's architecture.
+        batch: sequences.
+        capacity: tokens a sequence may have, the prompt included.
+        device: where the buffers live.
+
+    The buffers take 2 * n_layers * batch * capacity * kv_heads * head_dim float32 values.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device | str = "cpu") -> None:
+        shape = (config.n_layers, batch, config.kv_heads, capacity, config.head_dim)
+        self.capacity = capacity
+        self.length = 0
+        self._keys = torch.empty(shape, device=device)
+        self._values = torch.empty(shape, device=device)
+
+    def extend(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; return all of them so far, (B, K, S, H) each.
+
+        Raises:
+            ValueError: the tokens do not fit in the capacity.
+        """
+        start, stop = self.length, self.length + k_BKTH.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} tokens cannot hold {stop}")
+        self._keys[layer, :, :, start:stop] = k_BKTH
+        self._values[layer, :, :, start:stop] = v_BKTH
+        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` new tokens as seen, after every layer has stored them."""
+        self.length += tokens
+
+
+def rotary_tables(config: ModelConfig, start: int, stop: int, device: torch.device) -> Rotary:
+    """cos and sin of positions start..stop-1, (T, H) each, float32 (Su et al. 2021, arXiv 2104.09864, eq. 34).
+
+    The angle of position t and pair i is t * rope_theta^(-2i/H). Pairs are (i, i + H/2), Hugging Face's half-split
+    order, so each table repeats its H/2 angles twice.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**half
+    angles = torch.outer(torch.arange(start, stop, dtype=torch.float32, device=device), frequencies)
+    angles_TH = torch.cat((angles, angles), dim=-1)
+    return angles_TH.cos(), angles_TH.sin()
+
+
+def rotate(x_BNTH: Tensor, rotary: Rotary) -> Tensor:
+    """Turn every head's pairs by their position's angle."""
+    cos_TH, sin_TH = (table.to(x_BNTH.dtype) for table in rotary)
+    first, second = x_BNTH.chunk(2, dim=-1)
+    return x_BNTH * cos_TH + torch.cat((-second, first), dim=-1) * sin_TH
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_heads queries share kv_heads keys and values (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        self.q_proj = Linear(config.d_model, config.n_heads * config.head_dim)
+        self.k_proj = Linear(config.d_model, config.kv_heads * config.head_dim)
+        self.v_proj = Linear(config.d_model, config.kv_heads * config.head_dim)
+        self.o_proj = Linear(config.n_heads * config.head_dim, config.d_model)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """Attend every token to itself and those before it, the cached ones included; -> (B, T, D)."""
+        batch, length, _ = x_BTD.shape
+        q_BNTH = self.q_proj(x_BTD).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
+        k_BKSH = self.k_proj(x_BTD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v_BKSH = self.v_proj(x_BTD).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q_BNTH, k_BKSH = rotate(q_BNTH, rotary), rotate(k_BKSH, rotary)
+        mask_TS = None
+        if cache is not None:
+            seen = cache.length
+            k_BKSH, v_BKSH = cache.extend(layer, k_BKSH, v_BKSH)
+            if seen and length > 1:  # one new token sees everything; the first tokens are plainly causal
+                mask_TS = torch.ones(length, seen + length, dtype=torch.bool, device=x_BTD.device).tril(seen)
+        causal = length > 1 and mask_TS is None
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BNTH, self._per_query_head(k_BKSH), self._per_query_head(v_BKSH), attn_mask=mask_TS, is_causal=causal)  # fmt: skip
+        y_BTD: Tensor = self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
+        return y_BTD
+
+    def _per_query_head(self, x_BKSH: Tensor) -> Tensor:
+        groups = self.n_heads // self.kv_heads
+        return x_BKSH if groups == 1 else x_BKSH.repeat_interleave(groups, dim=1)

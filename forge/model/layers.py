@@ -1,0 +1,77 @@
+"""The layers that every model of ours is made of: bias-free linear maps, RMSNorm and the SwiGLU feed-forward network.
+
+Shape suffixes: B batch, T tokens, D d_model, F ffn_width, `x_BTD` has shape (B, T, D); `...D` stands for any leading
+shape. Weights are made uninitialised (nothing is computed for them on any device, "meta" included): whoever makes a
+model either loads them or calls `DenseLM.initialise`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+
+
+class Linear(nn.Module):
+    """y = x W^T without a bias; the weight is (d_out, d_in), uninitialised."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., D) to the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: y = w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202, eq. 6), the whole of an expert's layer."""
+
+    def __init__(self, d_model: int, ffn_width: int) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, ffn_width)
+        self.w2 = Linear(ffn_width, d_model)
+        self.w3 = Linear(d_model, ffn_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        y: Tensor = self.w2(gated_silu(self.w1(x), self.w3(x)))
+        return y
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, keeping one tensor less for the backward pass than autograd would (3 F a token instead of 4)."""
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        product: Tensor = _GatedSilu.apply(gate, up)
+        return product
+    return F.silu(gate).mul_(up)
+
+
+class _GatedSilu(torch.autograd.Function):
+    """Recomputes silu(gate) in the backward pass instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        (grad,) = grads
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

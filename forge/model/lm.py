@@ -1,0 +1,194 @@
+"""The dense language model: the shared components with the shared FFN, or with one expert, in every layer.
+
+Shape suffixes: B batch, T tokens, D d_model, V vocab_size. `hidden_BTD` has shape (B, T, D).
+Parameter names are those of the files (`forge.model.names`), so a state dict and a safetensors file are the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import math
+from pathlib import Path
+
+from safetensors import safe_open, SafetensorError
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from forge.config import ModelConfig
+from forge.errors import StorageError
+from forge.model import names
+from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
+from forge.model.layers import FeedForward, Linear, RMSNorm
+
+#: Standard deviation of initial weights (GPT-2's; residual projections get it divided by sqrt(2 n_layers)).
+INITIAL_STD = 0.02
+#: The projections that write to the residual stream.
+RESIDUAL_PROJECTIONS = ("o_proj.weight", "w2.weight")
+
+
+class Embedding(nn.Module):
+    """A (V, D) table of token vectors, uninitialised."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up (...) token ids as (..., D) float32 vectors: the residual stream stays float32 whatever the table is."""
+        return F.embedding(tokens, self.weight).float()
+
+
+class DenseLayer(nn.Module):
+    """A pre-norm decoder layer: x + attention(norm x), then x + ffn(norm x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = FeedForward(config.d_model, config.ffn_width)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Rotary, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output and the input of its FFN (which is its gate's input), (B, T, D) each."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, cache, layer)
+        gate_input_BTD = self.post_attention_layernorm(x_BTD)
+        return x_BTD + self.mlp(gate_input_BTD), gate_input_BTD
+
+
+class Decoder(nn.Module):
+    """What the names on disk call `model`: embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(DenseLayer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+
+class DenseLM(nn.Module):
+    """The shared components with one FFN a layer.
+
+    Parameters are made on torch's default device, uninitialised; under `torch.device("meta")` they take no memory.
+
+    Attributes:
+        config: the architecture.
+        recompute: whether training keeps only each layer's input and computes the rest again in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw new weights: norms 1, matrices normal(0, 0.02), residual projections divided by sqrt(2 n_layers).
+
+        The draw is on the generator's device, in the order of the parameters, whatever the model's device.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            std = INITIAL_STD
+            if name.endswith(RESIDUAL_PROJECTIONS):
+                std /= math.sqrt(2 * self.config.n_layers)
+            if parameter.device == generator.device:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                drawn = torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator)
+                parameter.copy_(drawn)
+
+    def forward(
+        self, tokens_BT: Tensor, gate_inputs: list[Tensor] | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens_BT: token ids, int64.
+            gate_inputs: when given, each layer's gate input (B, T, D) is appended to it.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+
+        Returns:
+            hidden_BTD; logits are `hidden_BTD @ head_weight.T`.
+        """
+        start = cache.length if cache is not None else 0
+        rotary = rotary_tables(self.config, start, start + tokens_BT.shape[1], tokens_BT.device)
+        x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
+        for index, layer in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD, gate_input_BTD = checkpoint(layer, x_BTD, rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, gate_input_BTD = layer(x_BTD, rotary, cache, index)
+            if gate_inputs is not None:
+                gate_inputs.append(gate_input_BTD)
+        if cache is not None:
+            cache.advance(tokens_BT.shape[1])
+        hidden_BTD: Tensor = self.model.norm(x_BTD)
+        return hidden_BTD
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head, (V, D): the embedding when they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+
+def load_dense(
+    config: ModelConfig, shared: Path, ffn: Path, dtype: torch.dtype = torch.float32, expert: int | None = None
+) -> DenseLM:
+    """Load the shared components with a shared FFN, or with an expert's shard in its place.
+
+    The shared tensors are frozen (`requires_grad` is off) and stay mapped from their file where its type is `dtype`;
+    the FFN's are copies that may be trained in place. Norms are float32 whatever `dtype` is.
+
+    Args:
+        config: the architecture.
+        shared: safetensors file of the shared components.
+        ffn: safetensors file of the shared FFN or, with `expert`, of that expert's shard.
+        dtype: type of the matrices in memory.
+        expert: whose shard `ffn` is; none for the shared FFN.
+
+    Raises:
+        StorageError: a file is missing, damaged, or lacks a tensor of the right shape.
+    """
+    with torch.device("meta"):
+        model = DenseLM(config)
+    tensors = read_tensors(shared, names.shared_tensors(config))
+    frozen = {name: tensor.to(torch.float32 if tensor.dim() == 1 else dtype) for name, tensor in tensors.items()}
+    wanted = names.ffn_tensors(config) if expert is None else names.expert_tensors(config, expert)
+    trainable = {name: tensor.to(dtype, copy=True)
+                 for name, tensor in zip(names.ffn_tensors(config), read_tensors(ffn, wanted).values(), strict=True)}  # fmt: skip
+    model.load_state_dict({**frozen, **trainable}, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model
+
+
+def read_tensors(path: Path, shapes: dict[str, names.Shape] | Iterable[str]) -> dict[str, Tensor]:
+    """Map tensors of a safetensors file, in the order asked for; pages are read when they are first used.
+
+    Args:
+        path: the file.
+        shapes: names of the tensors, with the shapes to insist on if it is a dict.
+
+    Raises:
+        StorageError: the file is missing or damaged, or a tensor is missing or has another shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"Cannot load tensors from {path}: it is missing, damaged, or lacks one that the model needs.",
+                           detail=str(error)) from error  # fmt: skip
+    if isinstance(shapes, dict):
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise StorageError(f"{path} does not fit the config: {name} has shape {tuple(tensor.shape)}, "
+                                   f"expected {tuple(shapes[name])}.")  # fmt: skip
+    return tensors
