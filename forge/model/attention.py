@@ -7,7 +7,7 @@ K key/value heads, H head_dim. `x_BTD` has shape (B, T, D).
 from __future__ import annotations
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forge.config import ModelConfig
@@ -54,7 +54,7 @@ class KeyValueCache:
 
 
 def rotary_tables(config: ModelConfig, start: int, stop: int, device: torch.device) -> Rotary:
-    """cos and sin of positions start..stop-1, (T, H) each, float32 (Su et al. 2021, arXiv 2104.09864, eq. 34).
+    """Cos and sin of positions start..stop-1, (T, H) each, float32 (Su et al. 2021, arXiv 2104.09864, eq. 34).
 
     The angle of position t and pair i is t * rope_theta^(-2i/H). Pairs are (i, i + H/2), Hugging Face's half-split
     order, so each table repeats its H/2 angles twice.
@@ -74,7 +74,7 @@ def rotate(x_BNTH: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: n_heads queries share kv_heads keys and values (Ainslie et al. 2023, arXiv 2305.13245)."""
+    """Grouped queries: kv_heads keys and values serve n_heads queries (Ainslie et al. 2023, arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Attention(nn.Module):
             if seen and length > 1:  # one new token sees everything; the first tokens are plainly causal
                 mask_TS = torch.ones(length, seen + length, dtype=torch.bool, device=x_BTD.device).tril(seen)
         causal = length > 1 and mask_TS is None
-        out_BNTH = F.scaled_dot_product_attention(
-            q_BNTH, self._per_query_head(k_BKSH), self._per_query_head(v_BKSH), attn_mask=mask_TS, is_causal=causal)  # fmt: skip
+        k_BNSH, v_BNSH = self._per_query_head(k_BKSH), self._per_query_head(v_BKSH)
+        out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_TS, is_causal=causal)
         y_BTD: Tensor = self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
         return y_BTD
 

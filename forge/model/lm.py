@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import math
 from pathlib import Path
 
-from safetensors import safe_open, SafetensorError
+from safetensors import SafetensorError, safe_open
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +36,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up (...) token ids as (..., D) float32 vectors: the residual stream stays float32 whatever the table is."""
+        """Look up (...) token ids as (..., D) vectors, float32 whatever the table is: so is the residual stream."""
         return F.embedding(tokens, self.weight).float()
 
 
@@ -162,8 +162,9 @@ def load_dense(
     tensors = read_tensors(shared, names.shared_tensors(config))
     frozen = {name: tensor.to(torch.float32 if tensor.dim() == 1 else dtype) for name, tensor in tensors.items()}
     wanted = names.ffn_tensors(config) if expert is None else names.expert_tensors(config, expert)
+    mapped = read_tensors(ffn, wanted).values()
     trainable = {name: tensor.to(dtype, copy=True)
-                 for name, tensor in zip(names.ffn_tensors(config), read_tensors(ffn, wanted).values(), strict=True)}  # fmt: skip
+                 for name, tensor in zip(names.ffn_tensors(config), mapped, strict=True)}  # fmt: skip
     model.load_state_dict({**frozen, **trainable}, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -184,8 +185,9 @@ def read_tensors(path: Path, shapes: dict[str, names.Shape] | Iterable[str]) -> 
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in shapes}
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"Cannot load tensors from {path}: it is missing, damaged, or lacks one that the model needs.",
-                           detail=str(error)) from error  # fmt: skip
+        raise StorageError(
+            f"Cannot load the model's tensors from {path}: it is missing, damaged, or lacks one of them.",
+            detail=str(error)) from error  # fmt: skip
     if isinstance(shapes, dict):
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != tuple(shapes[name]):
