@@ -1,0 +1,75 @@
+"""Fit the router of a run: collect statistics on the training tokens, fit, and set each layer's temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save
+import torch
+
+from forge.config import RunConfig
+from forge.data.packing import evaluation_windows
+from forge.data.tokens import TokenFile
+from forge.files import RunDirectory, write_bytes
+from forge.model.lm import DenseLM, load_dense
+from forge.model.names import gate_name
+from forge.router.fit import fit_rows, fit_temperature
+from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs, save_statistics
+from forge.train.loop import Progress
+
+#: Held-out tokens a partition for the temperatures: one number a layer needs few.
+TEMPERATURE_TOKENS = 20_000
+
+
+def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    """Fit the router on the frozen shared components and put it into the run's blobs.
+
+    Returns:
+        Facts of the stage: the router's blob, and per layer the held-out token accuracy and the temperature's factor.
+    """
+    config = run.config
+    shared, partitions = run.marker("shared"), run.marker("partition")
+    assert shared is not None and partitions is not None
+    model = load_dense(config.model, run.blobs.path(shared["shared"]["sha256"]),
+                       run.blobs.path(shared["shared_ffn"]["sha256"]))  # fmt: skip
+    files = partitions["partitions"]
+    statistics = [LayerStatistics.empty(len(files), config.model.d_model) for _ in range(config.model.n_layers)]
+    total = sum(file["tokens"] for file in files)
+    for file in files:
+        share = max(config.model.max_seq_len, round(config.router.tokens * file["tokens"] / total))
+        path = run.blobs.path(file["train"]["sha256"])
+        collect(model, file["partition"], _windows(path, config, share), statistics)
+        progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
+    save_statistics(run.data / "router-statistics.safetensors", statistics)
+    rows = [fit_rows(layer, config.router) for layer in statistics]
+    held_out = [run.blobs.path(file["validation"]["sha256"]) for file in files]
+    factors, accuracies = temperatures(model, config, rows, held_out)
+    tensors = {gate_name(layer): torch.from_numpy(factor * rows_KD).to(getattr(torch, config.model.dtype))
+               for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}  # fmt: skip
+    path = run.work / "router.safetensors"
+    write_bytes(path, save(tensors, {"format": "pt"}))
+    size = path.stat().st_size
+    return {"router": {"sha256": run.blobs.adopt(path), "size": size}, "token_accuracy": accuracies, "factors": factors}
+
+
+def temperatures(model: DenseLM, config: RunConfig, rows: Sequence[Array],
+                 held_out: Sequence[Path]) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Per layer: the factor on the rows (1/T) that makes held-out labels most likely, and the token accuracy."""
+    logits: list[list[Array]] = [[] for _ in rows]
+    labels: list[int] = []
+    for partition, path in enumerate(held_out):
+        for window_T in _windows(path, config, TEMPERATURE_TOKENS):
+            labels.extend([partition] * (len(window_T) - 1))
+            for layer, x_ND in enumerate(gate_inputs(model, window_T)):
+                logits[layer].append(x_ND @ rows[layer].T)
+    labels_N = np.asarray(labels)
+    stacked = [np.concatenate(layer) for layer in logits]
+    return ([fit_temperature(logits_NK, labels_N) for logits_NK in stacked],
+            [float((logits_NK.argmax(axis=1) == labels_N).mean()) for logits_NK in stacked])  # fmt: skip
+
+
+def _windows(path: Path, config: RunConfig, tokens: int) -> Iterator[np.ndarray]:
+    return evaluation_windows(TokenFile(path), config.model.max_seq_len, 0, tokens)

@@ -1,0 +1,103 @@
+"""What the router is fitted on: sums over gate inputs that add up, so that a partition can join later.
+
+Per layer, with x_D the exact input of the gate (the post-attention norm's output): n_k the tokens, s_kD their sum, for
+each partition k; and S_DD the sum of x x' over all partitions. Float64, since means are subtracted from second moments.
+
+Shapes: K partitions, D model width, L layers, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+import torch
+
+from forge.errors import StorageError
+from forge.files import atomic_file
+from forge.model.lm import DenseLM
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass
+class LayerStatistics:
+    """Sums of one layer."""
+
+    counts_K: Array
+    sums_KD: Array
+    second_DD: Array
+
+    @classmethod
+    def empty(cls, partitions: int, width: int) -> LayerStatistics:
+        """No tokens yet."""
+        return cls(np.zeros(partitions), np.zeros((partitions, width)), np.zeros((width, width)))
+
+    def add(self, partition: int, x_ND: Array) -> None:
+        """Add the gate inputs of N tokens of one partition."""
+        self.counts_K[partition] += len(x_ND)
+        self.sums_KD[partition] += x_ND.sum(axis=0)
+        self.second_DD += x_ND.T @ x_ND
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        return LayerStatistics(self.counts_K + other.counts_K, self.sums_KD + other.sums_KD,
+                               self.second_DD + other.second_DD)  # fmt: skip
+
+    @property
+    def means_KD(self) -> Array:
+        """Mean gate input of each partition."""
+        return self.sums_KD / np.maximum(self.counts_K, 1.0)[:, None]
+
+    @property
+    def within_DD(self) -> Array:
+        """Pooled within-partition covariance: (S - sum_k n_k mu_k mu_k') / n."""
+        means = self.means_KD
+        between = (means * self.counts_K[:, None]).T @ means
+        within: Array = (self.second_DD - between) / self.counts_K.sum()
+        return within
+
+
+def gate_inputs(model: DenseLM, window_T: npt.NDArray[np.int64]) -> list[Array]:
+    """Gate input of every layer for one window: L arrays of shape (T - 1, D); the last token has no successor."""
+    collected: list[torch.Tensor] = []
+    with torch.inference_mode():
+        model(torch.from_numpy(np.asarray(window_T[:-1], dtype=np.int64))[None], collected)
+    return [x_BTD[0].double().numpy() for x_BTD in collected]
+
+
+def collect(model: DenseLM, partition: int, windows: Iterable[npt.NDArray[np.int64]],
+            into: list[LayerStatistics]) -> int:  # fmt: skip
+    """Add the gate inputs of a partition's windows to the statistics of every layer; returns the tokens seen."""
+    tokens = 0
+    for window_T in windows:
+        for layer, x_ND in zip(into, gate_inputs(model, window_T), strict=True):
+            layer.add(partition, x_ND)
+        tokens += len(window_T) - 1
+    return tokens
+
+
+def save_statistics(path: Path, layers: list[LayerStatistics]) -> None:
+    """Write the statistics of all layers to one safetensors file, atomically."""
+    tensors = {f"{index}.{field}": getattr(layer, field) for index, layer in enumerate(layers)
+               for field in ("counts_K", "sums_KD", "second_DD")}  # fmt: skip
+    with atomic_file(path) as file:
+        file.write(save(tensors))
+
+
+def load_statistics(path: Path) -> list[LayerStatistics]:
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    try:
+        tensors = load_file(path)
+        return [LayerStatistics(tensors[f"{i}.counts_K"], tensors[f"{i}.sums_KD"], tensors[f"{i}.second_DD"])
+                for i in range(len(tensors) // 3)]  # fmt: skip
+    except (OSError, SafetensorError, KeyError) as error:
+        raise StorageError(f"The router statistics {path} are missing or damaged.", detail=str(error)) from error

@@ -1,0 +1,93 @@
+"""The expert phase: the shared components are frozen, and the FFN of every layer learns one partition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forge.checkpoint.shard import write_shard
+from forge.config import RunConfig, parse_config
+from forge.data.packing import SequenceSampler
+from forge.data.tokens import TokenFile
+from forge.files import hash_file, write_json
+from forge.model import names
+from forge.model.lm import DenseLM, load_dense
+from forge.train.loop import LoopSettings, Progress, train
+from forge.train.memory import plan
+from forge.train.precision import autocast_dtype, resolve_device
+from forge.vocabulary import SHARD_FORMAT_VERSION
+
+
+def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, progress: Progress,
+                 should_stop: Callable[[], bool], device: str = "auto") -> dict[str, Any]:  # fmt: skip
+    """Train the expert of an assignment and write its shard and manifest into `work_dir`; resumable at any instant.
+
+    Args:
+        assignment: run_id, config_fingerprint, config (resolved, as plain values), partition, lease_id, shared_sha256,
+            and the paths shared, shared_ffn and train_tokens.
+        work_dir: checkpoint, metrics, shard and manifest lie here.
+        ram_bytes: memory that this process may use.
+        progress: called with the keyword arguments of a progress event.
+        should_stop: asked once a step; True stops at a checkpoint.
+        device: auto, cpu, cuda or mps.
+
+    Returns:
+        finished, step, steps, loss, predicted_bytes; and when finished: shard, manifest (paths), sha256.
+
+    Raises:
+        MemoryBudgetError: one sequence at a time does not fit `ram_bytes`.
+        TrainingError: the loss is not finite.
+    """
+    config = parse_config(assignment["config"])
+    chosen = plan(config, "expert", ram_bytes)
+    device = resolve_device(device)
+    partition = int(assignment["partition"])
+    model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
+    sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
+                              expert_seed(config, partition), 0)  # fmt: skip
+    result = train(model, sampler, LoopSettings(
+        phase=config.train.expert, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
+        micro_batch=chosen.micro_batch, directory=work_dir, checkpoint_seconds=config.train.checkpoint_seconds,
+        stage=f"expert {partition}", device=device, autocast=autocast_dtype(device)), progress, should_stop)  # fmt: skip
+    outcome = {"finished": result.finished, "step": result.step, "steps": result.steps, "loss": result.loss,
+               "predicted_bytes": chosen.peak_bytes}  # fmt: skip
+    if not result.finished:
+        return outcome
+    shard, manifest = work_dir / "shard.safetensors", work_dir / "manifest.json"
+    metadata = {
+        "run_id": assignment["run_id"], "config_fingerprint": assignment["config_fingerprint"],
+        "shared_sha256": assignment["shared_sha256"], "partition": str(partition), "tokens_seen": str(result.tokens),
+        "final_loss": f"{result.loss:.6f}", "format_version": SHARD_FORMAT_VERSION}  # fmt: skip
+    dtype = getattr(torch, config.model.dtype)
+    trained = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    renamed = zip(names.ffn_tensors(config.model), names.expert_tensors(config.model, partition), strict=True)
+    write_shard(shard, {theirs: trained[ours] for ours, theirs in renamed}, metadata)
+    sha256 = hash_file(shard)
+    write_json(manifest, metadata | {"sha256": sha256, "size": shard.stat().st_size, "partition": partition,
+                                     "tokens_seen": result.tokens, "final_loss": result.loss})  # fmt: skip
+    return outcome | {"shard": str(shard), "manifest": str(manifest), "sha256": sha256}
+
+
+def prepare_expert(config: RunConfig, shared: Path, shared_ffn: Path, partition: int) -> DenseLM:
+    """The model an expert is trained in: shared components frozen, the FFNs a copy of the shared one (or random)."""
+    model = load_dense(config.model, shared, shared_ffn)
+    trained = names.ffn_tensors(config.model)
+    if config.train.expert.init == "random":
+        fresh = DenseLM(config.model)
+        fresh.initialise(torch.Generator().manual_seed(expert_seed(config, partition)))
+        fresh_parameters = dict(fresh.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name in trained:
+            # The file is mapped read-only; what learns needs memory of its own.
+            parameter.data = (fresh_parameters if config.train.expert.init == "random" else {name: parameter})[
+                name].data.clone()  # fmt: skip
+    return model
+
+
+def expert_seed(config: RunConfig, partition: int) -> int:
+    """Seed of an expert's data order and random start: another for every partition, none equal to the run's own."""
+    return config.seed * 1_000_003 + partition + 1
