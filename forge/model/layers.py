@@ -22,8 +22,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out)."""
-        return F.linear(x, self.weight)
+        """Map (..., d_in) to (..., d_out), in the type of `x` (or of autocast) whatever the weight is kept in."""
+        weight: Tensor = self.weight
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(x.dtype)
+        return F.linear(x, weight)
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +60,7 @@ class FeedForward(nn.Module):
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, keeping one tensor less for the backward pass than autograd would (3 F a token instead of 4)."""
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        product: Tensor = _GatedSilu.apply(gate, up)
+        product: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
         return product
     return F.silu(gate).mul_(up)
 
