@@ -34,7 +34,8 @@ def tokens(count: int) -> Tensor:
 
 @torch.inference_mode()
 def logits(model: MixtureLM, tokens_BT: Tensor) -> Tensor:
-    return model(tokens_BT) @ model.head_weight.T
+    hidden_BTD: Tensor = model(tokens_BT)
+    return hidden_BTD @ model.head_weight.T
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

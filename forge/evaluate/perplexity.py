@@ -1,0 +1,165 @@
+"""Losses on held-out documents: nats a token, perplexity, bits a byte; pooled, a partition, an expert on a partition.
+
+Shape suffixes: B batch, T tokens, N tokens of all sequences (B * T), D d_model, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forge.model.lm import DenseLM
+from forge.model.moe import GateMode, MixtureLM, Routing
+from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
+
+#: Tokens of a forward pass, padding included. At the default size 2,048 tokens take about 60 MB of activations, and
+#: more are not faster on a CPU.
+BATCH_TOKENS = 2048
+#: Windows that are sorted by length at a time, so that a batch holds windows of about one length and little padding.
+SORTED_WINDOWS = 128
+
+Observer = Callable[[list[Routing], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum of cross-entropies, with what it was summed over. Losses add."""
+
+    nats: float = 0.0
+    """Sum over the predicted tokens of -log p(token), natural logarithm."""
+    tokens: int = 0
+    """Predicted tokens."""
+    bytes: int = 0
+    """UTF-8 bytes of the predicted tokens; an end of text has none."""
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean loss in nats a token; NaN without tokens."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats a token); NaN without tokens."""
+        return perplexity(self.nats_per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text, which compares across tokenizers; NaN without bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), and infinity where a float cannot hold it."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def pooled(losses: Iterable[Loss]) -> Loss:
+    """All tokens in one sum: partitions count by their number of tokens."""
+    return sum(losses, Loss())
+
+
+def equal_weight_mean(losses: Iterable[Loss]) -> float:
+    """Mean of the nats a token of every partition that has tokens: each counts once; NaN if there is none."""
+    means = [loss.nats_per_token for loss in losses if loss.tokens]
+    return math.fsum(means) / len(means) if means else math.nan
+
+
+def document_losses(
+    model: DenseLM | MixtureLM, windows: Iterable[npt.NDArray[Any]], *, gate: GateMode = "router",
+    only_expert: int | None = None, batch_tokens: int = BATCH_TOKENS,
+) -> tuple[float, int]:  # fmt: skip
+    """Sum of the losses, in nats, and number of predicted tokens; `measure` without bytes."""
+    loss = measure(model, windows, gate=gate, only_expert=only_expert, batch_tokens=batch_tokens)
+    return loss.nats, loss.tokens
+
+
+@torch.inference_mode()
+def measure(
+    model: DenseLM | MixtureLM, windows: Iterable[npt.NDArray[Any]], token_bytes_V: npt.NDArray[Any] | None = None, *,
+    gate: GateMode = "router", only_expert: int | None = None, observe: Observer | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Loss:  # fmt: skip
+    """The loss of a model on windows of documents.
+
+    Args:
+        model: a dense model, or an assembled one.
+        windows: token ids, (length + 1,) each: every token but the first is predicted from those before it.
+        token_bytes_V: UTF-8 bytes of each token of the vocabulary; without it the loss has no bytes.
+        gate: of an assembled model: "router", or "uniform" for the mean of all experts.
+        only_expert: of an assembled model: send every token to this expert.
+        observe: of an assembled model: called after each batch with every layer's routing and the mask (N,) of the rows
+            that are not padding.
+        batch_tokens: tokens of a forward pass, padding included; a longer window is a batch of its own.
+    """
+    device = model.head_weight.device
+    total = Loss()
+    for batch in _batches(windows, batch_tokens):
+        inputs_BT, targets_BT = (tensor.to(device) for tensor in _pad(batch))
+        targets_N = targets_BT.flatten()
+        kept_N = targets_N != IGNORE_INDEX
+        if isinstance(model, MixtureLM):
+            routing: list[Routing] | None = [] if observe is not None else None
+            hidden_BTD = model(inputs_BT, routing=routing, gate=gate, only_expert=only_expert)
+            if observe is not None and routing is not None:
+                observe(routing, kept_N)
+        else:
+            hidden_BTD = model(inputs_BT)
+        mean = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_N)
+        tokens = int(kept_N.sum())
+        size = 0 if token_bytes_V is None else int(sum(token_bytes_V[window[1:]].sum() for window in batch))
+        total += Loss(float(mean) * tokens, tokens, size)
+    return total
+
+
+def expert_matrix(
+    model: MixtureLM, windows: Callable[[int], Iterable[npt.NDArray[Any]]], partitions: int
+) -> list[list[float | None]]:
+    """Nats a token of every expert alone (row) on every partition (column); None where a partition has no tokens.
+
+    Args:
+        model: the assembled model.
+        windows: the held-out windows of a partition, from the start at each call.
+        partitions: how many there are.
+    """
+    rows = []
+    for expert in range(model.config.n_experts):
+        losses = [measure(model, windows(partition), only_expert=expert) for partition in range(partitions)]
+        rows.append([loss.nats_per_token if loss.tokens else None for loss in losses])
+    return rows
+
+
+def _batches(windows: Iterable[npt.NDArray[Any]], batch_tokens: int) -> Iterator[list[npt.NDArray[np.int64]]]:
+    stream = (np.asarray(window, dtype=np.int64) for window in windows if len(window) > 1)
+    while chunk := sorted(islice(stream, SORTED_WINDOWS), key=len, reverse=True):
+        batch: list[npt.NDArray[np.int64]] = []
+        for window in chunk:
+            if batch and (len(batch) + 1) * (len(batch[0]) - 1) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(window)
+        yield batch
+
+
+def _pad(batch: Sequence[npt.NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (B, T) each. Padding is on the right, so that causal attention never sees it."""
+    length = max(len(window) for window in batch) - 1
+    inputs_BT = np.zeros((len(batch), length), dtype=np.int64)
+    targets_BT = np.full((len(batch), length), IGNORE_INDEX, dtype=np.int64)
+    for row, window in enumerate(batch):
+        inputs_BT[row, : len(window) - 1] = window[:-1]
+        targets_BT[row, : len(window) - 1] = window[1:]
+    return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
