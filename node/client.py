@@ -1,0 +1,369 @@
+"""The coordinator as seen from a node: the only file of the node that touches the generated messages.
+
+Plain values in, plain values out (`node/messages.py`). What is transient is tried again, with a growing pause and a
+line for the owner before every pause; what is not becomes the `ForgeError` that the coordinator named. A deadline is about
+progress (no answer to a small question, no bytes of a stream), never about how long the whole may take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import os
+from pathlib import Path
+import threading
+import time
+from typing import Any, TypeVar
+
+import grpc
+from modularforge.v1 import fleet_pb2 as pb
+from modularforge.v1 import fleet_pb2_grpc
+from tenacity import RetryCallState
+
+from forge.errors import NetworkError, ProtocolError, RunMismatchError, storage_errors
+from forge.files import hash_file
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
+from node.connection import (
+    Patience,
+    StalledError,
+    Watchdog,
+    details,
+    forge_error,
+    is_transient,
+    may_be_dead,
+    open_channel,
+    retrying,
+    why,
+)
+from node.machine import MachineProfile
+from node.messages import Assignment, Blob, Done, Joined, Order, Progress, Receipt, RunSummary, Verdict, Wait
+
+_VERDICTS = {
+    pb.Receipt.VERDICT_PENDING: Verdict.PENDING,
+    pb.Receipt.VERDICT_ACCEPTED: Verdict.ACCEPTED,
+    pb.Receipt.VERDICT_REJECTED: Verdict.REJECTED,
+}
+_ORDERS = {
+    pb.HeartbeatResponse.ORDER_FINISH: Order.FINISH,
+    pb.HeartbeatResponse.ORDER_ABANDON: Order.ABANDON,
+}
+
+T = TypeVar("T")
+OnBytes = Callable[[int, int], None]
+
+
+class FleetClient:
+    """One node's connection to its coordinator.
+
+    Args:
+        address: `HOST:PORT`.
+        public_key: the node's Ed25519 public key, 32 raw bytes.
+        name: the node's name, for people to read.
+        ram_bytes: what the owner allows.
+        on_wait: told in one sentence what is waited for, before every pause.
+        version: the version of this software.
+        patience: the waits.
+        sleep: pauses for that many seconds.
+    """
+
+    def __init__(self, address: str, *, public_key: bytes, name: str, ram_bytes: int, on_wait: Callable[[str], None],
+                 version: str = "", patience: Patience | None = None,
+                 sleep: Callable[[float], None] = time.sleep) -> None:  # fmt: skip
+        self.address = address
+        self._public_key = public_key
+        self._name = name
+        self._ram_bytes = ram_bytes
+        self._version = version
+        self._on_wait = on_wait
+        self._patience = patience or Patience()
+        self._sleep = sleep
+        self._credential = ""
+        self._machine: MachineProfile | None = None
+        self._run_id: str | None = None
+        self._channel = open_channel(address)
+        self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def join(self, machine: MachineProfile) -> Joined:
+        """Register this node; the same key always becomes the same node.
+
+        Raises:
+            NetworkError: nobody answers within `FIRST_CONNECTION_SECONDS`.
+            ProtocolError: the coordinator speaks another version, or refuses this node.
+        """
+        self._machine = machine
+        limit = self._patience.first_connection if self._run_id is None else None
+        response = self._retry("to join", self._join_once, limit)
+        return Joined(node_id=response.node_id, run=RunSummary(
+            run_id=response.run.run_id, name=response.run.name, phase=response.run.phase,
+            config_fingerprint=response.run.config_fingerprint, config_json=response.run.config_json))  # fmt: skip
+
+    def lease(self, preferred_partitions: list[int]) -> Assignment | Wait | Done:
+        """Ask for work; a node that holds a lease gets that one back."""
+        assert self._machine is not None, "join first"
+        request = pb.LeaseRequest(machine=self._profile(self._machine), preferred_partitions=preferred_partitions)
+        response = self._unary("for work", "Lease", request)
+        kind = response.WhichOneof("answer")
+        if kind == "assignment":
+            return _assignment(response.assignment)
+        if kind == "wait":
+            return Wait(reason=response.wait.reason, retry_seconds=response.wait.retry_seconds)
+        if kind == "done":
+            return Done(reason=response.done.reason)
+        raise ProtocolError(f"The coordinator at {self.address} answered with a kind of work that this node does not "
+                            "know: update this node.")  # fmt: skip
+
+    def heartbeat(self, lease_id: str, progress: Progress) -> tuple[Order, str]:
+        """Report progress once, without trying again: the next heartbeat is the next try.
+
+        Returns:
+            The order, and the coordinator's reason for it.
+
+        Raises:
+            NetworkError: it was not answered.
+            ForgeError: the coordinator refused it.
+        """
+        request = pb.HeartbeatRequest(lease_id=lease_id, progress=pb.Progress(
+            step=progress.step, steps=progress.steps, loss=progress.loss, activity=progress.activity,
+            tokens_per_second=progress.tokens_per_second, resident_bytes=progress.resident_bytes))  # fmt: skip
+        try:
+            response = self._with_credential(
+                lambda: self._stub.Heartbeat(request, timeout=self._patience.unary, metadata=self._metadata()))
+        except (grpc.RpcError, ValueError) as error:
+            raise forge_error(error, self.address, "to note a heartbeat") from error
+        return _ORDERS.get(response.order, Order.CONTINUE), response.reason
+
+    def fetch_blob(self, sha256: str, size: int, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """Download a blob to `target`, going on from what `target`.part already holds.
+
+        Args:
+            sha256: hash (hex) that the content must have.
+            size: its size in bytes.
+            target: appears whole and verified, or not at all.
+            on_bytes: called with (bytes held, size) after every chunk.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+            NetworkError: the content was damaged twice.
+        """
+        part = target.with_name(target.name + ".part")
+        for last_try in (False, True):
+            with storage_errors(target):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                held = part.stat().st_size if part.exists() else 0
+                if held > size:
+                    part.unlink()
+                    held = 0
+                part.touch()
+            while held < size:
+                offset = held
+                held = self._retry(
+                    f"for the file {sha256[:12]}", lambda at=offset: self._fetch(sha256, size, part, at, on_bytes))  # type: ignore[misc]
+            if hash_file(part) == sha256:
+                with storage_errors(target):
+                    os.replace(part, target)
+                return
+            with storage_errors(target):
+                part.unlink()
+            if not last_try:
+                self._on_wait(f"the file {sha256[:12]} arrived damaged; downloading it again")
+        raise NetworkError(f"The file {sha256[:12]} arrived damaged twice from {self.address}: tell the coordinator's "
+                           "operator.")  # fmt: skip
+
+    def open_upload(self, lease_id: str, sha256: str, size: int) -> tuple[int, Receipt | None]:
+        """Bytes of the upload that the coordinator holds, and the receipt if the shard was already committed."""
+        request = pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256, size=size)
+        response = self._unary("to open the upload", "OpenUpload", request)
+        receipt = _receipt(response.receipt) if response.HasField("receipt") else None
+        return int(response.offset), receipt
+
+    def upload(self, lease_id: str, sha256: str, path: Path, on_bytes: OnBytes | None = None) -> Receipt | None:
+        """Send a shard, going on from what the coordinator already holds.
+
+        Returns:
+            The receipt if the shard had been committed before, else None.
+
+        Raises:
+            StorageError: the shard cannot be read.
+            ShardError: the coordinator refuses the shard.
+        """
+        with storage_errors(path):
+            size = path.stat().st_size
+        held, delivered = -1, False
+
+        def attempt() -> tuple[bool, Receipt | None]:
+            nonlocal held, delivered
+            offset, receipt = self.open_upload(lease_id, sha256, size)
+            if receipt is not None or offset >= size:
+                return True, receipt
+            progressed = offset > held
+            if delivered and not progressed:
+                raise NetworkError(f"The coordinator at {self.address} took the shard's bytes but does not hold them: "
+                                   "its log says why.")  # fmt: skip
+            held, delivered = offset, False
+            try:
+                self._send(lease_id, sha256, path, size, offset, on_bytes)
+                delivered = True
+            except (grpc.RpcError, StalledError) as error:
+                if not (progressed and is_transient(error)):
+                    raise
+                self._on_wait(f"the upload was cut ({why(error)}); asking how much of it arrived")
+            return False, None
+
+        while True:
+            done, receipt = self._retry("to take the shard", attempt)
+            if done:
+                return receipt
+
+    def commit(self, lease_id: str, sha256: str, manifest: bytes, signature: bytes) -> Receipt:
+        """Hand the uploaded shard in, or ask again for the verdict on it."""
+        request = pb.CommitRequest(lease_id=lease_id, sha256=sha256, manifest=manifest, signature=signature)
+        return _receipt(self._unary("for the receipt", "Commit", request).receipt)
+
+    def release(self, lease_id: str, reason: str) -> None:
+        """Give a lease back. One short try: a lease that is not given back expires by itself."""
+        request = pb.ReleaseRequest(lease_id=lease_id, reason=reason)
+        try:
+            self._stub.Release(request, timeout=self._patience.goodbye, metadata=self._metadata())
+        except (grpc.RpcError, ValueError):
+            pass
+
+    # --- one attempt each -------------------------------------------------------------------------------------------
+
+    def _join_once(self) -> pb.JoinResponse:
+        assert self._machine is not None
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=self._public_key, name=self._name,
+                                 machine=self._profile(self._machine))  # fmt: skip
+        response: pb.JoinResponse = self._stub.Join(request, timeout=self._patience.unary)
+        theirs = response.run.protocol_version
+        if theirs != PROTOCOL_VERSION:
+            raise ProtocolError(f"The coordinator at {self.address} speaks version {theirs} of the protocol and this "
+                                f"node version {PROTOCOL_VERSION}: update the older of the two.")  # fmt: skip
+        if self._run_id not in (None, response.run.run_id):
+            raise RunMismatchError(f"The coordinator at {self.address} now serves another run ({response.run.name!r}): "
+                                   "run the same command again to join that one.")  # fmt: skip
+        self._credential, self._run_id = response.credential, response.run.run_id
+        return response
+
+    def _with_credential(self, attempt: Callable[[], T]) -> T:
+        """One attempt; a coordinator that has forgotten this node is joined again first."""
+        try:
+            return attempt()
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED or self._run_id is None:
+                raise
+        self._join_once()
+        return attempt()
+
+    def _fetch(self, sha256: str, size: int, part: Path, offset: int, on_bytes: OnBytes | None) -> int:
+        """Append to `part` what one stream brings; returns the bytes held. A cut after some bytes is no error."""
+        held = offset
+        call: Any = self._stub.FetchBlob(pb.FetchBlobRequest(sha256=sha256, offset=offset), metadata=self._metadata())
+        with Watchdog(call, self._patience.stream) as watchdog, storage_errors(part), open(part, "ab") as file:
+            try:
+                for message in call:
+                    watchdog.alive()
+                    file.write(message.data)
+                    held += len(message.data)
+                    if on_bytes is not None:
+                        on_bytes(held, size)
+                    if held > size:
+                        break
+            except grpc.RpcError as error:
+                if held == offset or not is_transient(error):
+                    raise
+                self._on_wait(f"the download of {sha256[:12]} was cut at {held:,} of {size:,} bytes; going on")
+            finally:
+                call.cancel()
+                file.flush()
+                os.fsync(file.fileno())
+        if held == offset or held > size:
+            raise NetworkError(f"The coordinator at {self.address} sent {held} bytes of the file {sha256[:12]}, "
+                               f"which has {size}: tell its operator.")  # fmt: skip
+        return held
+
+    def _send(self, lease_id: str, sha256: str, path: Path, size: int, offset: int, on_bytes: OnBytes | None) -> None:
+        """Send one stream from `offset` to the end."""
+        watched = threading.Event()
+
+        def messages() -> Iterator[pb.UploadRequest]:
+            watched.wait()
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data, at = file.read(CHUNK_BYTES), offset
+                while data:
+                    first = at == offset
+                    yield pb.UploadRequest(lease_id=lease_id if first else "", sha256=sha256 if first else "",
+                                           offset=offset if first else 0, data=data)  # fmt: skip
+                    at += len(data)
+                    watchdog.alive()
+                    if on_bytes is not None:
+                        on_bytes(at, size)
+                    data = file.read(CHUNK_BYTES)
+
+        call: Any = self._stub.Upload.future(messages(), metadata=self._metadata())
+        with Watchdog(call, self._patience.stream) as watchdog:
+            watched.set()
+            try:
+                call.result()
+            except grpc.FutureCancelledError as error:
+                raise StalledError("no bytes for too long") from error
+            finally:
+                call.cancel()
+
+    # --- trying again -----------------------------------------------------------------------------------------------
+
+    def _unary(self, what: str, method: str, request: Any) -> Any:
+        return self._retry(what, lambda: getattr(self._stub, method)(
+            request, timeout=self._patience.unary, metadata=self._metadata()))  # fmt: skip
+
+    def _retry(self, what: str, attempt: Callable[[], T], limit: float | None = None) -> T:
+        """Try until it works, `limit` seconds have passed, or the error is not a transient one."""
+        try:
+            tries = retrying(self._patience, limit, lambda state: self._before_pause(what, state), self._sleep)
+            return tries(lambda: self._with_credential(attempt))
+        except (grpc.RpcError, StalledError) as error:
+            if limit is not None and is_transient(error):
+                raise NetworkError(
+                    f"No coordinator answers at {self.address} (tried for {limit:.0f} s): start one there with "
+                    "`forge-coordinator serve`, or check the address.", detail=details(error)) from error  # fmt: skip
+            raise forge_error(error, self.address, what) from error
+
+    def _before_pause(self, what: str, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        pause = state.next_action.sleep if state.next_action is not None else 0.0
+        if may_be_dead(error):
+            old, self._channel = self._channel, open_channel(self.address)
+            self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
+            old.close()
+        self._on_wait(
+            f"waiting for the coordinator at {self.address} {what}: {why(error)}; trying again in {pause:.1f} s")
+
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return (("forge-credential", self._credential),)
+
+    def _profile(self, machine: MachineProfile) -> pb.MachineProfile:
+        return pb.MachineProfile(hostname=machine.hostname, platform=machine.platform, cores=machine.cores,
+                                 memory_bytes=machine.memory_bytes, ram_limit_bytes=self._ram_bytes,
+                                 device=machine.device, version=self._version)  # fmt: skip
+
+
+def _assignment(message: pb.Assignment) -> Assignment:
+    if message.WhichOneof("work") != "expert":
+        raise ProtocolError("The coordinator assigned a kind of work that this node does not know: update this node.")
+    work = message.expert
+    return Assignment(
+        lease_id=message.lease_id, partition=work.partition, partition_tokens=work.partition_tokens,
+        shared=_blob(work.shared), shared_ffn=_blob(work.shared_ffn), train_tokens=_blob(work.train_tokens),
+        heartbeat_seconds=message.heartbeat_seconds)  # fmt: skip
+
+
+def _blob(message: pb.Blob) -> Blob:
+    return Blob(sha256=message.sha256, size=message.size)
+
+
+def _receipt(message: pb.Receipt) -> Receipt:
+    return Receipt(sha256=message.sha256, partition=message.partition, reasons=tuple(message.reasons),
+                   verdict=_VERDICTS.get(message.verdict, Verdict.PENDING))  # fmt: skip

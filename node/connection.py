@@ -1,0 +1,153 @@
+"""What a gRPC connection can do wrong, and what of it is worth another try. No messages of the protocol here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import threading
+import time
+from typing import Any
+
+import grpc
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_never, wait_exponential_jitter
+
+from forge.errors import BY_CODE, ForgeError, NetworkError, ProtocolError
+
+_TRANSIENT = frozenset({
+    grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,  # by our watchdog, or because another thread replaced the channel
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the client waits for what, in seconds; tests shorten it."""
+
+    unary: float = 20.0
+    """For the answer to one small question."""
+    stream: float = 30.0
+    """For the next bytes of a transfer."""
+    first_connection: float = 10.0
+    """For a coordinator that was never reached: it may just be starting, and the address may just be wrong."""
+    goodbye: float = 3.0
+    """For the answer to the last call of a node that is being stopped."""
+    backoff: tuple[float, float] = (0.5, 15.0)
+    """Before trying again: doubles from the first to the second, plus up to the first as jitter."""
+
+
+class StalledError(Exception):
+    """A stream was given up because no bytes moved, or because its channel was replaced."""
+
+
+class Watchdog:
+    """Cancels a stream that has shown no sign of life for `seconds`."""
+
+    def __init__(self, call: Any, seconds: float) -> None:
+        self._call, self._seconds = call, seconds
+        self._last = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stream-watchdog", daemon=True)
+
+    def alive(self) -> None:
+        """Bytes moved."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                self._call.cancel()
+                return
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """A channel that connects anew quickly after its coordinator was away."""
+    host = address.rpartition(":")[0]
+    local = host in ("localhost", "[::1]") or host.startswith("127.")
+    return grpc.insecure_channel(address, options=[
+        ("grpc.use_local_subchannel_pool", 1),  # a new channel must mean a new connection
+        ("grpc.initial_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 5000),  # the default, two minutes, outlasts every restart of a coordinator
+        ("grpc.enable_http_proxy", 0 if local else 1),
+    ])  # fmt: skip
+
+
+def retrying(patience: Patience, limit: float | None, before_pause: Callable[[RetryCallState], None],
+             sleep: Callable[[float], None]) -> Retrying:  # fmt: skip
+    """Try until it works, `limit` seconds have passed, or the error is not a transient one."""
+    first, longest = patience.backoff
+    return Retrying(
+        retry=retry_if_exception(is_transient),
+        wait=wait_exponential_jitter(initial=first, max=longest, jitter=first),
+        stop=stop_never if limit is None else stop_after_delay(limit),
+        before_sleep=before_pause, sleep=sleep, reraise=True)  # fmt: skip
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may well succeed a little later."""
+    if isinstance(error, StalledError):
+        return True
+    if isinstance(error, ValueError):
+        return "closed channel" in str(error)  # another thread replaced the channel at this very moment
+    if not isinstance(error, grpc.RpcError):
+        return False
+    # A connection that is cut in the middle of a stream may surface as INTERNAL.
+    return error.code() in _TRANSIENT or (error.code() == grpc.StatusCode.INTERNAL and "RST_STREAM" in details(error))
+
+
+def may_be_dead(error: BaseException | None) -> bool:
+    """Whether the connection was silent, so that it may be dead without either end having been told."""
+    return isinstance(error, StalledError) or (isinstance(error, grpc.RpcError) and error.code() in (
+        grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED))  # fmt: skip
+
+
+def details(error: BaseException) -> str:
+    """The sentence that travelled with a status."""
+    return str(error.details() or "") if isinstance(error, grpc.RpcError) else str(error)
+
+
+def why(error: BaseException | None) -> str:
+    """A transient error in a few words for the owner."""
+    if not isinstance(error, grpc.RpcError):
+        return str(error)
+    code = error.code()
+    if code == grpc.StatusCode.ABORTED:
+        return details(error) or "it asks to try again"
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    if code == grpc.StatusCode.CANCELLED:
+        return "no bytes for too long"
+    return "it cannot be reached" if "onnect" in details(error) else "the connection was cut"
+
+
+def forge_error(error: BaseException, address: str, what: str) -> ForgeError:
+    """The error that the coordinator named in `forge-error-code`, or what the status means.
+
+    Args:
+        error: what gRPC raised.
+        address: of the coordinator.
+        what: what it was asked, such as "for work".
+    """
+    if is_transient(error) or not isinstance(error, grpc.RpcError):
+        return NetworkError(f"The coordinator at {address} did not answer when asked {what}: {why(error)}.",
+                            detail=details(error))  # fmt: skip
+    trailing: Any = error.trailing_metadata() or ()
+    named = dict(trailing).get("forge-error-code")
+    said = details(error)
+    if named is not None:
+        code = named.decode() if isinstance(named, bytes) else str(named)
+        return BY_CODE.get(code, ForgeError)(said or f"The coordinator at {address} refused when asked {what}.")
+    status = error.code()
+    if status == grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"What answers at {address} is not a coordinator of this version: check the address, or "
+                             "update the older of the two.", detail=said)  # fmt: skip
+    if status in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+        return ForgeError(f"The coordinator at {address} failed when asked {what}: its log says why.", detail=said)
+    return ProtocolError(f"The coordinator at {address} refused when asked {what}: {said or status.name}.")

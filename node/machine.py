@@ -1,0 +1,199 @@
+"""What the machine really has: cores, memory, device, each as far as a node may use it.
+
+The agent never imports torch, so whether there is a GPU is read from the driver's device files and from the text of the
+installed torch's version file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import importlib.util
+import math
+import os
+from pathlib import Path
+import platform
+import re
+import socket
+
+import psutil
+
+from forge.errors import ConfigError, MemoryBudgetError
+
+GIB = 1 << 30
+#: Without --ram: memory that stays free for the owner, a share of the machine's within these bounds. A browser and a
+#: desktop on an 8 GB machine want about 1 GB.
+RESERVE_SHARE = 1 / 8
+RESERVE_BYTES = (GIB // 2, 4 * GIB)
+#: Without --ram: never more than this, which is enough for every packaged config.
+DEFAULT_RAM_CAP = 8 * GIB
+#: cgroup v1 writes "no limit" as a number near 2**63.
+_NO_LIMIT = 1 << 60
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineProfile:
+    """What was measured; sizes in bytes. `memory_bytes` and `free_bytes` respect a container's limit."""
+
+    hostname: str
+    platform: str
+    cores: int
+    memory_bytes: int
+    free_bytes: int
+    device: str
+
+    @classmethod
+    def measure(cls, device: str = "auto", root: Path = Path("/")) -> MachineProfile:
+        """Measure this machine.
+
+        Args:
+            device: one of `DEVICES`; auto takes the best that is here.
+            root: where `sys`, `proc` and `dev` are looked for.
+
+        Raises:
+            ConfigError: the device asked for is not here.
+        """
+        memory = psutil.virtual_memory()
+        limit, used = cgroup_memory(root)
+        total = min(memory.total, limit) if limit is not None else memory.total
+        free = min(memory.available, limit - used) if limit is not None else memory.available
+        return cls(
+            hostname=socket.gethostname(),
+            platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+            cores=usable_cores(root),
+            memory_bytes=int(total),
+            free_bytes=max(0, int(free)),
+            device=resolve_device(device, root),
+        )
+
+    @property
+    def default_ram_bytes(self) -> int:
+        """What a node may use when its owner names nothing: what is free, less a reserve, at most `DEFAULT_RAM_CAP`."""
+        low, high = RESERVE_BYTES
+        reserve = min(max(int(self.memory_bytes * RESERVE_SHARE), low), high)
+        return min(max(0, self.free_bytes - reserve), DEFAULT_RAM_CAP)
+
+    def check_ram(self, ram_bytes: int) -> None:
+        """Refuse a --ram that this machine does not have.
+
+        Raises:
+            MemoryBudgetError: `ram_bytes` is more than the machine's memory.
+        """
+        if ram_bytes > self.memory_bytes:
+            raise MemoryBudgetError(
+                f"--ram asks for {ram_bytes / GIB:.1f} GiB and this machine has {self.memory_bytes / GIB:.1f} GiB: "
+                f"give at most --ram {max(1, self.memory_bytes >> 20)}M.")  # fmt: skip
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on: the scheduler's affinity, and a container's CPU quota rounded up."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
+    for directory in _cgroup_directories(root, "cpu"):
+        quota = _cpu_quota(directory)
+        if quota is not None:
+            cores = min(cores, max(1, math.ceil(quota)))
+    return max(1, cores)
+
+
+def cgroup_memory(root: Path = Path("/")) -> tuple[int | None, int]:
+    """The tightest memory limit of the control groups (v1 or v2) this process is in, and the bytes used under it.
+
+    The page cache that the kernel gives back when asked is not counted as used. Without a limit: (None, 0).
+    """
+    tightest: int | None = None
+    used = 0
+    for directory in _cgroup_directories(root, "memory"):
+        limit = _number(directory / "memory.max") or _number(directory / "memory.limit_in_bytes")
+        if limit is None or limit >= _NO_LIMIT or (tightest is not None and limit >= tightest):
+            continue
+        charged = _number(directory / "memory.current") or _number(directory / "memory.usage_in_bytes") or 0
+        tightest, used = limit, max(0, charged - _reclaimable(directory))
+    return tightest, used
+
+
+def resolve_device(device: str, root: Path = Path("/")) -> str:
+    """Turn `auto` into cpu, cuda or mps, and check that a device that was named is here.
+
+    Raises:
+        ConfigError: the device is unknown or not here.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"The device {device!r} is unknown: choose one of {', '.join(DEVICES)}.")
+    here = {"cpu": True, "cuda": _has_cuda(root), "mps": _has_mps()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if here[name])
+    if not here[device]:
+        raise ConfigError(f"--device {device} is not available: no such device is here, or the installed torch was "
+                          "built without it; use --device auto.")  # fmt: skip
+    return device
+
+
+def _has_cuda(root: Path) -> bool:
+    drivers = ("dev/nvidiactl", "dev/nvidia0", "dev/dxg", "dev/kfd")
+    return any((root / name).exists() for name in drivers) and _torch_built_with("cuda", "hip")
+
+
+def _has_mps() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def _torch_built_with(*toolkits: str) -> bool:
+    """Whether torch's `version.py` names a version of one of the toolkits. Finding the package does not import it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(re.search(rf"^{toolkit}\b[^=\n]*=\s*['\"]", text, re.MULTILINE) for toolkit in toolkits)
+
+
+def _cgroup_directories(root: Path, controller: str) -> list[Path]:
+    """Directories of this process's control groups and their parents, innermost first; v2 and v1 mount points."""
+    base = root / "sys/fs/cgroup"
+    directories: list[Path] = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = base / controller if controllers else base
+        inner = mount / path.lstrip("/")
+        while inner != mount and mount in inner.parents:
+            directories.append(inner)
+            inner = inner.parent
+        directories.append(mount)
+    return [directory for directory in directories if directory.is_dir()]
+
+
+def _cpu_quota(directory: Path) -> float | None:
+    words = " ".join(_lines(directory / "cpu.max")).split()
+    if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
+        return int(words[0]) / int(words[1])
+    quota, period = _number(directory / "cpu.cfs_quota_us"), _number(directory / "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 else None
+
+
+def _reclaimable(directory: Path) -> int:
+    for line in _lines(directory / "memory.stat"):
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
