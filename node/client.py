@@ -1,8 +1,8 @@
 """The coordinator as seen from a node: the only file of the node that touches the generated messages.
 
 Plain values in, plain values out (`node/messages.py`). What is transient is tried again, with a growing pause and a
-line for the owner before every pause; what is not becomes the `ForgeError` that the coordinator named. A deadline is about
-progress (no answer to a small question, no bytes of a stream), never about how long the whole may take.
+line for the owner before every pause; what is not becomes the `ForgeError` that the coordinator named. A deadline is
+about progress (no answer to a small question, no bytes of a stream), never about how long the whole may take.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modularforge.v1 import fleet_pb2 as pb
 from modularforge.v1 import fleet_pb2_grpc
 from tenacity import RetryCallState
 
-from forge.errors import NetworkError, ProtocolError, RunMismatchError, storage_errors
+from forge.errors import NetworkError, ProtocolError, storage_errors
 from forge.files import hash_file
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 from node.connection import (
@@ -242,7 +242,7 @@ class FleetClient:
             raise ProtocolError(f"The coordinator at {self.address} speaks version {theirs} of the protocol and this "
                                 f"node version {PROTOCOL_VERSION}: update the older of the two.")  # fmt: skip
         if self._run_id not in (None, response.run.run_id):
-            raise RunMismatchError(f"The coordinator at {self.address} now serves another run ({response.run.name!r}): "
+            raise ProtocolError(f"The coordinator at {self.address} now serves another run ({response.run.name!r}): "
                                    "run the same command again to join that one.")  # fmt: skip
         self._credential, self._run_id = response.credential, response.run.run_id
         return response

@@ -1,0 +1,120 @@
+"""The command line of a node: `forge-node join` is all there is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import signal
+import socket
+import sys
+
+import click
+
+from forge.errors import ConfigError, ForgeError, MemoryBudgetError
+from forge.vocabulary import DEFAULT_PORT
+
+
+def default_data_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """`FORGE_DATA_DIR`, else `modularforge` below the user's data directory (XDG, or `~/.local/share`)."""
+    if chosen := environment.get("FORGE_DATA_DIR"):
+        return Path(chosen)
+    base = environment.get("XDG_DATA_HOME", "")
+    # The XDG specification says to ignore relative paths.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "modularforge"
+
+
+def parse_address(text: str) -> str:
+    """`HOST:PORT` from `HOST`, `HOST:PORT` or an IPv6 address in brackets.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    text = text.strip()
+    head, bracket, tail = text.rpartition("]")
+    host, colon, port = (head + bracket + tail).rpartition(":") if ":" in tail else (text, "", str(DEFAULT_PORT))
+    bare = host.removeprefix("[").removesuffix("]") if bracket else host
+    bad = "/" in host or any(c.isspace() for c in host) or not bare or (":" in host and not bracket)
+    if bad or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{text!r} is not the address of a coordinator: write HOST or HOST:PORT.")
+    return f"{host}:{port}"
+
+
+@click.group()
+@click.version_option(package_name="modularforge", prog_name="forge-node")
+def cli() -> None:
+    """Train experts of a shared model on this machine."""
+
+
+@cli.command()
+@click.argument("address", required=False)
+@click.option("--ram", metavar="SIZE", help="Memory that training may use, such as 8G or 900M. Default: what is free "
+              "now, less a reserve for you, at most 8G.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training. Default: all usable cores.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True,
+              help="Where to train.")  # fmt: skip
+@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where this node keeps its key, "
+              "downloads and checkpoints. Default: FORGE_DATA_DIR, else ~/.local/share/modularforge.")  # fmt: skip
+@click.option("--name", help="Name that your shards are credited to. Default: this machine's host name.")
+@click.option("--once", is_flag=True, help="Leave after one shard.")
+def join(address: str | None, ram: str | None, threads: int | None, device: str, data_dir: Path | None,
+         name: str | None, once: bool) -> None:  # fmt: skip
+    """Join the run of the coordinator at ADDRESS (HOST[:PORT]) and train one expert after the other.
+
+    Without ADDRESS: the environment variable FORGE_COORDINATOR, else a coordinator on this machine.
+    """
+    where = parse_address(address or os.environ.get("FORGE_COORDINATOR") or f"127.0.0.1:{DEFAULT_PORT}")
+    sys.exit(_join(where, ram, threads, device, (data_dir or default_data_dir()).resolve(),
+                   name or socket.gethostname() or "node", once))  # fmt: skip
+
+
+def _join(address: str, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str,
+          once: bool) -> int:  # fmt: skip
+    """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick."""
+    from forge.train.memory import parse_size
+    from node.agent import Agent
+    from node.client import FleetClient
+    from node.console import Console
+    from node.identity import Identity
+    from node.machine import MachineProfile
+    from node.worker import Worker
+
+    machine = MachineProfile.measure(device)
+    ram_bytes = parse_size(ram) if ram is not None else machine.default_ram_bytes
+    machine.check_ram(ram_bytes)
+    if ram_bytes <= 0:
+        raise MemoryBudgetError("This machine has no memory to spare right now: close something, or say with --ram how "
+                                "much training may use.")  # fmt: skip
+    # A service manager stops a node as its owner would: at the next checkpoint, with the lease given back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    identity = Identity.open(data_dir)
+    client = FleetClient(address, public_key=identity.public_key, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
+                         version=_version())  # fmt: skip
+    worker = Worker(console, ram_bytes=ram_bytes, threads=threads or machine.cores, device=machine.device)
+    return Agent(client=client, identity=identity, machine=machine, worker=worker, console=console, data_dir=data_dir,
+                 name=name, ram_bytes=ram_bytes, once=once).run()  # fmt: skip
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("modularforge")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def main() -> None:
+    """Entry point of `forge-node`: one sentence and an exit code for every error that a user can cause."""
+    try:
+        cli(standalone_mode=True)
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Training in a child process, under the owner's memory limit, while orders and Ctrl-C are obeyed.
+
+The agent never imports torch: it starts the job `train-expert`, relays its progress, and looks at its resident memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+import queue
+import threading
+from typing import Any, Protocol
+
+import psutil
+
+from forge.errors import MemoryBudgetError
+from forge.train.memory import MB, format_size
+from node.cache import CHILD_FILE, note_child
+from node.console import Budget, Console
+from node.heartbeat import Heartbeats
+from node.messages import Order, Progress
+
+#: Seconds between two looks at the child's memory and at the coordinator's orders.
+LOOK_SECONDS = 0.5
+LOG_FILE = "train.log"
+
+
+class RunningJob(Protocol):
+    """A child process, as `forge.jobs.Job` is one."""
+
+    peak_rss: int
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Progress events until it ends."""
+
+    def result(self) -> dict[str, Any]:
+        """What it returned; raises its error."""
+
+    def finish(self) -> None:
+        """Ask it to stop at the next checkpoint."""
+
+    def kill(self) -> None:
+        """Stop it now."""
+
+
+RunJob = Callable[[dict[str, Any], int, Path], RunningJob]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a training process ended.
+
+    `shard` and `manifest` are set when the expert is finished; sizes in bytes.
+    """
+
+    order: Order
+    shard: Path | None = None
+    manifest: Path | None = None
+    sha256: str = ""
+    peak_bytes: int = 0
+    predicted_bytes: int = 0
+
+
+def run_train_expert(arguments: dict[str, Any], threads: int, log: Path) -> RunningJob:
+    """Start the real job."""
+    from forge.jobs import Job
+
+    return Job("train-expert", arguments, threads=threads, log=log)
+
+
+class Worker:
+    """Trains experts, one child process at a time.
+
+    Args:
+        console: where progress is shown.
+        ram_bytes: resident memory that the child may have.
+        threads: threads that the child may use.
+        device: cpu, cuda or mps.
+        run_job: starts the child; tests put another one here.
+    """
+
+    def __init__(self, console: Console, *, ram_bytes: int, threads: int, device: str,
+                 run_job: RunJob = run_train_expert) -> None:  # fmt: skip
+        self._console = console
+        self._ram_bytes = ram_bytes
+        self._threads = threads
+        self._device = device
+        self._run_job = run_job
+
+    def train(self, assignment: dict[str, Any], work_dir: Path, beats: Heartbeats, predicted: int) -> Trained:
+        """Train the expert of an assignment, from its checkpoint if there is one.
+
+        Args:
+            assignment: what the job `train-expert` takes.
+            work_dir: where its checkpoint, shard and manifest lie.
+            beats: told the progress, asked for orders.
+            predicted: peak resident memory that the plan names, in bytes.
+
+        Raises:
+            MemoryBudgetError: the child used more than was allowed.
+            ForgeError: what the child raised.
+            KeyboardInterrupt: the owner pressed Ctrl-C; the child has stopped, at a checkpoint unless pressed twice.
+        """
+        arguments = {"assignment": assignment, "work_dir": str(work_dir), "ram_bytes": self._ram_bytes,
+                     "threads": self._threads, "device": self._device}  # fmt: skip
+        job = self._run_job(arguments, self._threads, work_dir / LOG_FILE)
+        note_child(work_dir, job.pid)
+        watch = _Watch(job, int(assignment["partition"]), self._ram_bytes)
+        try:
+            interrupted = self._follow(job, watch, beats, predicted)
+        except BaseException:
+            job.kill()
+            raise
+        finally:
+            watch.join()
+            (work_dir / CHILD_FILE).unlink(missing_ok=True)
+        if interrupted:
+            raise KeyboardInterrupt
+        if watch.killed_for is Order.ABANDON:
+            return Trained(order=Order.ABANDON, peak_bytes=watch.peak_bytes, predicted_bytes=predicted)
+        result = job.result()
+        done = bool(result.get("finished")) and bool(result.get("shard"))
+        return Trained(
+            order=Order.CONTINUE if done else Order.FINISH,
+            shard=Path(result["shard"]) if done else None,
+            manifest=Path(result["manifest"]) if done else None,
+            sha256=str(result["sha256"]) if done else "",
+            peak_bytes=max(watch.peak_bytes, job.peak_rss, int(result.get("peak_bytes") or 0)),
+            predicted_bytes=int(result.get("predicted_bytes") or predicted))  # fmt: skip
+
+    def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, predicted: int) -> bool:
+        """Relay events and orders until the child ends; whether the owner interrupted it."""
+        interrupted = asked = False
+        while not watch.ended:
+            try:
+                event = watch.next_event()
+                if event is not None:
+                    self._show(event, watch, beats, predicted)
+                watch.check_memory()
+                if beats.order is Order.ABANDON and watch.killed_for is None:
+                    watch.killed_for = Order.ABANDON
+                    job.kill()
+                elif beats.order is Order.FINISH and not asked:
+                    asked = True
+                    self._console.line(f"The coordinator asks to stop at the next checkpoint: {beats.reason}")
+                    job.finish()
+            except KeyboardInterrupt:
+                if interrupted:
+                    job.kill()
+                else:
+                    self._console.line("Stopping at the next checkpoint; press Ctrl-C again to stop at once.")
+                    job.finish()
+                interrupted = True
+        return interrupted
+
+    def _show(self, event: dict[str, Any], watch: _Watch, beats: Heartbeats, predicted: int) -> None:
+        if event.get("message"):
+            self._console.line(str(event["message"]))
+        if not event.get("steps"):
+            return
+        progress = Progress(
+            activity="training", step=int(event["step"]), steps=int(event["steps"]),
+            loss=float(event.get("loss") or 0.0),
+            tokens_per_second=float(event.get("tokens_per_second") or 0.0),
+            resident_bytes=int(event.get("resident_bytes") or watch.resident_bytes))  # fmt: skip
+        beats.update(progress)
+        self._console.progress(f"partition {watch.partition}", progress,
+                               Budget(predicted=predicted, allowed=self._ram_bytes))  # fmt: skip
+
+
+class _Watch:
+    """Reads a child's events in a thread, so that the main thread can look at other things between them."""
+
+    def __init__(self, job: RunningJob, partition: int, ram_bytes: int) -> None:
+        self.partition = partition
+        self.killed_for: Order | None = None
+        self.ended = False
+        self.resident_bytes = self.peak_bytes = 0
+        self._job, self._ram_bytes = job, ram_bytes
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._read, name="training-events", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for event in self._job.events():
+                self._events.put(event)
+        finally:
+            self._events.put(None)
+
+    def next_event(self) -> dict[str, Any] | None:
+        """The next event, or None when there was none for `LOOK_SECONDS` or the child ended."""
+        try:
+            event = self._events.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            return None
+        self.ended = event is None
+        return event
+
+    def check_memory(self) -> None:
+        """Raise when the child has more resident memory than was allowed."""
+        self.resident_bytes = tree_bytes(self._job.pid)
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+        if self.resident_bytes > self._ram_bytes:
+            enough = -(-self.resident_bytes * 9 // 8 // (64 * MB)) * 64
+            raise MemoryBudgetError(
+                f"Training partition {self.partition} used {format_size(self.resident_bytes)}, more than the "
+                f"{format_size(self._ram_bytes)} that --ram allows, and was stopped; its checkpoint is kept: run the "
+                f"same command again with --ram {enough}M.")  # fmt: skip
+
+    def join(self) -> None:
+        """Wait for the child's end, once it was told."""
+        self._thread.join(timeout=30)
+
+
+def tree_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    total = 0
+    for member in family:
+        try:
+            total += int(member.memory_info().rss)
+        except psutil.Error:
+            continue
+    return total
