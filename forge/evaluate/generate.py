@@ -47,7 +47,7 @@ def generate(
     ids = tokenizer.encode(prompt).ids
     if not ids:
         if end_id is None:
-            raise ConfigError("This model's tokenizer has no end of text to start from, so the prompt must not be empty.")
+            raise ConfigError("The prompt must not be empty: this model's tokenizer has no end of text to start from.")
         ids = [end_id]
     stream = DecodeStream(skip_special_tokens=True)
     said = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -52,8 +52,8 @@ def loss_curves(path: Path, shared: Path | None, experts: Mapping[int, Path]) ->
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         _tidy(axes)
-        if len(files) > 1:
-            axes.legend(frameon=False, ncols=1 + (len(files) - 1) // 8, fontsize=9)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, ncols=1 + (len(files) - 1) // 8, fontsize=9, title="last loss", loc=1)
     _save(figure, path)
 
 
@@ -71,13 +71,13 @@ def router_heat_map(path: Path, router: Mapping[str, Any]) -> None:
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     partitions, experts = np.asarray(layers[0]["matrix"]).shape
-    width, height = max(2.6, 0.5 * experts + 0.9), max(2.6, 0.45 * partitions + 1.2)
+    width, height = min(5.0, max(2.6, 0.5 * experts + 0.9)), min(5.0, max(2.6, 0.45 * partitions + 1.2))
     figure = Figure(figsize=(width * columns + 1.0, height * rows + 0.5), layout="constrained")
     grid = [figure.add_subplot(rows, columns, number + 1) for number in range(len(layers))]
     for number, (axes, layer) in enumerate(zip(grid, layers, strict=True)):
         matrix_PE = np.asarray(layer["matrix"])
         image = axes.imshow(matrix_PE, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-        axes.set_title(f"layer {number}   {layer['token_accuracy']:.0%} right", fontsize=10)
+        axes.set_title(f"layer {number}: {layer['token_accuracy']:.0%} token accuracy", fontsize=10)
         axes.set_xticks(*_labels(experts))
         axes.set_yticks(*_labels(partitions))
         axes.tick_params(length=0, labelsize=9)
@@ -89,7 +89,7 @@ def router_heat_map(path: Path, router: Mapping[str, Any]) -> None:
         if max(partitions, experts) <= 10:
             _annotate(axes, matrix_PE)
     figure.colorbar(image, ax=grid, label="mean weight of the expert", shrink=0.9)
-    figure.suptitle(f"Router on held-out tokens ({router['tokens']:,} tokens)", fontsize=12)
+    figure.suptitle(f"Where the router sends {router['tokens']:,} held-out tokens", fontsize=12)
     _save(figure, path)
 
 
@@ -98,7 +98,7 @@ def perplexity_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: the PNG to write.
-        rows: what `evaluate_model` returned, one row an evaluation; of several with one number of experts the last counts.
+        rows: what `evaluate_model` returned at each evaluation; of several with one number of experts the last counts.
 
     Raises:
         StorageError: the plot cannot be written.
@@ -159,18 +159,16 @@ def _curve(
         return
     span = max(1, round(SMOOTHING * len(losses)))
     sums = np.concatenate(([0.0], np.cumsum(losses)))
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - span, 0)
+    centres = np.arange(len(losses))
+    starts, ends = np.maximum(centres - span // 2, 0), np.minimum(centres + span // 2 + 1, len(losses))
     axes.plot(tokens, losses, color=colour, alpha=0.2, linewidth=0.7)
-    axes.plot(tokens, (sums[ends] - sums[starts]) / (ends - starts), style, color=colour, linewidth=1.6, label=label)
-    axes.annotate(f"{(sums[-1] - sums[starts[-1]]) / (ends[-1] - starts[-1]):.2f}",
-                  (tokens[-1], (sums[-1] - sums[starts[-1]]) / span), xytext=(4, 0), textcoords="offset points",
-                  va="center", color=colour, fontsize=8, annotation_clip=False)  # fmt: skip
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    axes.plot(tokens, means, style, color=colour, linewidth=1.6, label=f"{label}: {means[-1]:.2f}")
 
 
-def _labels(count: int) -> tuple[Iterable[int], list[str]]:
+def _labels(count: int) -> tuple[list[int], list[str]]:
     step = max(1, math.ceil(count / 16))
-    ticks = range(0, count, step)
+    ticks = list(range(0, count, step))
     return ticks, [str(tick) for tick in ticks]
 
 

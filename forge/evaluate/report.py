@@ -1,4 +1,4 @@
-"""The evaluation of an assembled model: one JSON row for `reports/evaluation.json`, and losses on texts of the user's."""
+"""The evaluation of an assembled model: one JSON row for `reports/evaluation.json`, and losses on a user's texts."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def evaluate_model(
         progress: called as `progress(stage=, step=, steps=, message=)` after each partition.
 
     Returns:
-        `experts`; `partitions`, each with `partition`, `tokens`, `loss` (nats a token), `perplexity`, `bits_per_byte` and
-        `shared_loss`; `mean_loss` and `mean_perplexity` (equal weight of the partitions; the perplexity is exp of the
-        mean loss); `shared_mean_loss` and `shared_mean_perplexity`; `pooled_loss`, `pooled_perplexity` and
+        `experts`; `partitions`, each with `partition`, `tokens`, `loss` (nats a token), `perplexity`, `bits_per_byte`
+        and `shared_loss`; `mean_loss` and `mean_perplexity` (equal weight of the partitions; the perplexity is exp of
+        the mean loss); `shared_mean_loss` and `shared_mean_perplexity`; `pooled_loss`, `pooled_perplexity` and
         `pooled_bits_per_byte` (equal weight of the tokens); `router` (see `RouterReport.result`); and with `final`
         `matrix` (experts x partitions, nats a token, on fewer tokens) and `samples`. What was not measured is null.
 
@@ -70,11 +70,11 @@ def evaluate_model(
     seq_len = model.config.max_seq_len
 
     def windows(partition: int, tokens: int = config.tokens) -> Iterator[npt.NDArray[Any]]:
-        return evaluation_windows(files[partition], seq_len, end_id, tokens)
+        yield from evaluation_windows(files[partition], seq_len, end_id, tokens)
 
     losses, router = _measure_partitions(model, tokenizer, windows, len(files), progress)
     if not pooled(losses).tokens:
-        raise DataError("No partition has held-out documents to evaluate on: raise data.test_fraction or give more text.")
+        raise DataError("No partition has held-out documents to evaluate on: raise data.test_fraction or add text.")
     row = {"experts": model.config.n_experts if experts is None else experts, "final": final,
            **summary(losses, shared_losses), "router": router, "matrix": None, "samples": []}  # fmt: skip
     if final:

@@ -53,8 +53,8 @@ class RouterReport:
         Returns:
             `tokens`; `token_accuracy`, the mean over layers; and `layers`, each with `token_accuracy` (share of tokens
             whose first expert is their document's), `partition_accuracy` (P,), `entropy` (nats a token, over all
-            experts), `load` (share of the routed tokens that an expert gets, (E,), sums to 1) and `matrix` ((P, E): mean
-            weight of an expert on a partition's tokens; rows sum to 1). Partitions without tokens have zeros.
+            experts), `load` (share of the routed tokens that an expert gets, (E,), sums to 1) and `matrix` ((P, E):
+            mean weight of an expert on a partition's tokens; rows sum to 1). Partitions without tokens have zeros.
         """
         total = self._tokens_P.sum().clamp(min=1)
         tokens_P = self._tokens_P.clamp(min=1)

@@ -1,0 +1,144 @@
+"""The dense model: names, the identity of copies, gradients, causality, and what a bad file says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from forge.errors import StorageError
+from forge.model import names
+from forge.model.attention import KeyValueCache
+from forge.model.layers import FeedForward, gated_silu
+from forge.model.lm import DenseLM, load_dense
+from forge.model.moe import MixtureLM
+from forge.vocabulary import SHARED_FILE, expert_file
+from tests.model.conftest import TINY
+
+TOKENS = torch.randint(1, TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+def fresh(seed: int = 0) -> DenseLM:
+    model = DenseLM(TINY)
+    model.initialise(torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_the_tensors_of_the_files(tied: bool) -> None:
+    config = TINY.model_copy(update={"tie_embeddings": tied, "n_kv_heads": 2})
+    with torch.device("meta"):
+        model = DenseLM(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes == {**names.shared_tensors(config), **names.ffn_tensors(config)}
+    assert set(model.state_dict()) == set(shapes)
+    assert sum(math.prod(shape) for shape in shapes.values()) == config.dense_parameters
+
+
+def test_initial_weights_have_the_stated_scale_and_follow_the_seed() -> None:
+    model, again = fresh(), fresh()
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(weights[name], other) for name, other in again.named_parameters())
+    assert weights["model.layers.0.mlp.w1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    residual = 0.02 / math.sqrt(2 * TINY.n_layers)
+    assert weights["model.layers.1.mlp.w2.weight"].std().item() == pytest.approx(residual, rel=0.1)
+    assert torch.all(weights["model.norm.weight"] == 1)
+
+
+def test_copies_of_one_ffn_are_the_dense_model(mixture: Callable[..., Path]) -> None:
+    directory = mixture(same_ffn=True)
+    dense = load_dense(TINY, directory / SHARED_FILE, directory / "ffn.safetensors")
+    with torch.inference_mode():
+        expected = dense(TOKENS) @ dense.head_weight.T
+        model = MixtureLM.load(directory)
+        for found in (model(TOKENS), model(TOKENS, gate="uniform"), model(TOKENS, only_expert=3)):
+            losses = [F.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()) for logits in
+                      (expected, found @ model.head_weight.T)]  # fmt: skip
+            assert abs(losses[0] - losses[1]) < 1e-6
+
+
+def test_a_shard_loads_in_the_place_of_the_shared_ffn(mixture: Callable[..., Path]) -> None:
+    directory = mixture()
+    dense = load_dense(TINY, directory / SHARED_FILE, directory / expert_file(2), expert=2)
+    model = MixtureLM.load(directory)
+    with torch.inference_mode():
+        torch.testing.assert_close(dense(TOKENS), model(TOKENS, only_expert=2))
+        assert not torch.allclose(dense(TOKENS), model(TOKENS, only_expert=1), atol=1e-2)
+
+
+def test_only_the_ffn_of_a_loaded_model_learns_and_its_file_stays(mixture: Callable[..., Path]) -> None:
+    directory = mixture(same_ffn=True)
+    paths = directory / SHARED_FILE, directory / "ffn.safetensors"
+    before = [path.read_bytes() for path in paths]
+    model = load_dense(TINY, *paths)
+    model(TOKENS).sum().backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning == set(names.ffn_tensors(TINY))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_gated_silu_has_the_gradient_of_autograd() -> None:
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(gated_silu, (gate, up))
+    ffn = FeedForward(8, 16).double()
+    for parameter in ffn.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(ffn(x), (F.silu(x @ ffn.w1.weight.T) * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T)
+
+
+def test_recomputation_changes_memory_and_not_gradients() -> None:
+    plain, saving = fresh(), fresh()
+    saving.recompute = True
+    gate_inputs: list[torch.Tensor] = []
+    for model in (plain, saving):
+        model(TOKENS, gate_inputs if model is saving else None).square().sum().backward()
+    assert [g.shape for g in gate_inputs] == [(2, 48, TINY.d_model)] * TINY.n_layers
+    for (name, one), two in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad), name  # type: ignore[arg-type]
+
+
+def test_a_token_depends_on_nothing_after_it() -> None:
+    model = fresh()
+    changed = TOKENS.clone()
+    changed[:, 30:] = 5
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS)[:, :30], model(changed)[:, :30])
+
+
+def test_a_cache_gives_what_the_whole_text_gives() -> None:
+    model = fresh()
+    cache = KeyValueCache(TINY, batch=2, capacity=48)
+    with torch.inference_mode():
+        pieces = [model(piece, cache=cache) for piece in torch.split(TOKENS, [20, 1, 17, 1, 9], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(TOKENS), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="48 tokens cannot hold 49"):
+            model(TOKENS[:, :1], cache=cache)
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    model = fresh()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        half = model(TOKENS)
+    with torch.inference_mode():
+        assert (half.float() - model(TOKENS)).abs().max() < 0.1
+
+
+def test_a_bad_file_is_one_sentence(mixture: Callable[..., Path], tmp_path: Path) -> None:
+    directory = mixture(same_ffn=True)
+    with pytest.raises(StorageError, match="missing, damaged"):
+        load_dense(TINY, tmp_path / "nothing.safetensors", directory / "ffn.safetensors")
+    with pytest.raises(StorageError, match="missing, damaged"):
+        load_dense(TINY, directory / SHARED_FILE, directory / SHARED_FILE)
+    wide = TINY.model_copy(update={"d_ff": 768})
+    with pytest.raises(StorageError, match=r"w1.weight has shape \(128, 64\), expected \(512, 64\)"):
+        load_dense(wide, directory / SHARED_FILE, directory / "ffn.safetensors")
+    path = directory / SHARED_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StorageError, match="missing, damaged"):
+        load_dense(TINY, path, directory / "ffn.safetensors")
