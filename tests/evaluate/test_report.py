@@ -23,7 +23,7 @@ from tests.evaluate.test_generate import byte_tokenizer
 from tests.model.conftest import TINY, write_mixture
 
 CONFIG = EvaluationConfig(tokens=400, samples=3, sample_tokens=8)
-TEXTS = (["a first document about numbers 123", "another"], ["déjà vu, encore une fois"], [])
+TEXTS: tuple[list[str], ...] = (["a first document about numbers 123", "another"], ["déjà vu, encore une fois"], [])
 
 
 @pytest.fixture(scope="module")
