@@ -112,8 +112,9 @@ class Agent:
             answer = self._client.lease(self._cache.checkpoints())
             if isinstance(answer, Done):
                 self._settle_all()
-                self._console.line(f"Nothing is left to do: {(answer.reason or 'the run is complete').rstrip('.')}. Shards "
-                                   f"of this node accepted: {self._accepted}, rejected: {self._rejected}.")  # fmt: skip
+                reason = (answer.reason or "the run is complete").rstrip(".")
+                self._console.line(f"Nothing is left to do: {reason}. Shards of this node accepted: {self._accepted}, "
+                                   f"rejected: {self._rejected}.")  # fmt: skip
                 return None
             if isinstance(answer, Wait):
                 self._console.wait(f"waiting for work: {answer.reason} (asks again in {answer.retry_seconds:.0f} s)")
@@ -267,8 +268,8 @@ class Agent:
         self._rejected_in_a_row += 1
         self._last_reasons = reasons
         if self._rejected_in_a_row >= REJECTIONS_IN_A_ROW:
-            raise ShardError(f"The coordinator refused {self._rejected_in_a_row} shards of this node in a row, the last "
-                             f"because: {'; '.join(reasons)}; check this machine before it goes on.")  # fmt: skip
+            raise ShardError(f"The coordinator refused {self._rejected_in_a_row} shards of this node in a row, the "
+                             f"last because: {'; '.join(reasons)}; check this machine before it goes on.")  # fmt: skip
 
     # --- small things -----------------------------------------------------------------------------------------------
 

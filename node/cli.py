@@ -8,11 +8,15 @@ from pathlib import Path
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from forge.errors import ConfigError, ForgeError, MemoryBudgetError
 from forge.vocabulary import DEFAULT_PORT
+
+if TYPE_CHECKING:
+    from node.worker import RunJob
 
 
 def default_data_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -64,20 +68,34 @@ def join(address: str | None, ram: str | None, threads: int | None, device: str,
     Without ADDRESS: the environment variable FORGE_COORDINATOR, else a coordinator on this machine.
     """
     where = parse_address(address or os.environ.get("FORGE_COORDINATOR") or f"127.0.0.1:{DEFAULT_PORT}")
-    sys.exit(_join(where, ram, threads, device, (data_dir or default_data_dir()).resolve(),
-                   name or socket.gethostname() or "node", once))  # fmt: skip
+    sys.exit(run_node(where, ram, threads, device, (data_dir or default_data_dir()).resolve(),
+                      name or socket.gethostname() or "node", once))  # fmt: skip
 
 
-def _join(address: str, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str,
-          once: bool) -> int:  # fmt: skip
-    """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick."""
+def run_node(address: str, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str, once: bool,
+             run_job: RunJob | None = None) -> int:  # fmt: skip
+    """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick.
+
+    Args:
+        address: `HOST:PORT`.
+        ram: the --ram option.
+        threads: the --threads option.
+        device: the --device option.
+        data_dir: where the node keeps its files.
+        name: the node's name.
+        once: the --once option.
+        run_job: starts the training process; None starts the real one.
+
+    Returns:
+        The exit code.
+    """
     from forge.train.memory import parse_size
     from node.agent import Agent
     from node.client import FleetClient
     from node.console import Console
     from node.identity import Identity
     from node.machine import MachineProfile
-    from node.worker import Worker
+    from node.worker import Worker, run_train_expert
 
     machine = MachineProfile.measure(device)
     ram_bytes = parse_size(ram) if ram is not None else machine.default_ram_bytes
@@ -91,7 +109,8 @@ def _join(address: str, ram: str | None, threads: int | None, device: str, data_
     identity = Identity.open(data_dir)
     client = FleetClient(address, public_key=identity.public_key, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
                          version=_version())  # fmt: skip
-    worker = Worker(console, ram_bytes=ram_bytes, threads=threads or machine.cores, device=machine.device)
+    worker = Worker(console, ram_bytes=ram_bytes, threads=threads or machine.cores, device=machine.device,
+                    run_job=run_job or run_train_expert)  # fmt: skip
     return Agent(client=client, identity=identity, machine=machine, worker=worker, console=console, data_dir=data_dir,
                  name=name, ram_bytes=ram_bytes, once=once).run()  # fmt: skip
 

@@ -9,7 +9,15 @@ import time
 from typing import Any
 
 import grpc
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_never, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_delay,
+    stop_never,
+    wait_exponential,
+    wait_random,
+)
 
 from forge.errors import BY_CODE, ForgeError, NetworkError, ProtocolError
 
@@ -85,7 +93,7 @@ def retrying(patience: Patience, limit: float | None, before_pause: Callable[[Re
     first, longest = patience.backoff
     return Retrying(
         retry=retry_if_exception(is_transient),
-        wait=wait_exponential_jitter(initial=first, max=longest, jitter=first),
+        wait=wait_exponential(multiplier=first, max=longest) + wait_random(0, first),
         stop=stop_never if limit is None else stop_after_delay(limit),
         before_sleep=before_pause, sleep=sleep, reraise=True)  # fmt: skip
 

@@ -1,0 +1,18 @@
+"""A real agent in a real process, with a job that counts: ADDRESS DATA_DIR [HOLD_AT]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import CountingJob  # type: ignore[import-not-found]  # noqa: E402
+
+from node.cli import run_node  # noqa: E402
+
+if __name__ == "__main__":
+    address, data_dir, *rest = sys.argv[1:]
+    hold_at = int(rest[0]) if rest else None
+    sys.exit(run_node(address, "2G", 1, "cpu", Path(data_dir), "tester", True,
+                      run_job=lambda arguments, threads, log: CountingJob(arguments, hold_at=hold_at)))  # fmt: skip
