@@ -29,7 +29,7 @@ DTYPE_BYTES: Final = {
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 #: A float is NaN or infinite where all of these bits are set: (unsigned type of the same width, exponent bits).
-_EXPONENTS: Final = {
+_EXPONENTS: Final[dict[str, tuple[np.dtype[Any], int]]] = {
     "F64": (np.dtype("<u8"), 0x7FF0000000000000),
     "F32": (np.dtype("<u4"), 0x7F800000),
     "F16": (np.dtype("<u2"), 0x7C00),

@@ -157,4 +157,4 @@ def _bytes_of(tensor: Any) -> memoryview:
     array = np.ascontiguousarray(tensor)
     # The format is little-endian.
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
