@@ -20,8 +20,8 @@ from forge.model.lm import DenseLM
 from forge.model.moe import GateMode, MixtureLM, Routing
 from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
 
-#: Tokens of a forward pass, padding included. At the default size, on one core, 512 gave 1,060 tokens a second at a peak
-#: of 294 MB above the interpreter (214 of them the mapped model), 2,048 gave 1,096 at 358 MB.
+#: Tokens of a forward pass, padding included. At the default size, on one core, 512 gave 1,060 tokens a second at a
+#: peak of 294 MB above the interpreter (214 of them the mapped model), 2,048 gave 1,096 at 358 MB.
 BATCH_TOKENS = 512
 #: Windows that are sorted by length at a time, so that a batch holds windows of about one length and little padding.
 SORTED_WINDOWS = 128
