@@ -74,17 +74,11 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
 def prepare_expert(config: RunConfig, shared: Path, shared_ffn: Path, partition: int) -> DenseLM:
     """The model an expert is trained in: shared components frozen, the FFNs a copy of the shared one (or random)."""
     model = load_dense(config.model, shared, shared_ffn)
-    trained = names.ffn_tensors(config.model)
     if config.train.expert.init == "random":
         fresh = DenseLM(config.model)
         fresh.initialise(torch.Generator().manual_seed(expert_seed(config, partition)))
-        fresh_parameters = dict(fresh.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-        if name in trained:
-            # The file is mapped read-only; what learns needs memory of its own.
-            parameter.data = (fresh_parameters if config.train.expert.init == "random" else {name: parameter})[
-                name].data.clone()  # fmt: skip
+        drawn = fresh.state_dict()
+        model.load_state_dict({name: drawn[name] for name in names.ffn_tensors(config.model)}, strict=False)
     return model
 
 

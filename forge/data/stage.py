@@ -1,0 +1,50 @@
+"""The partition stage of a run: features, assignment, and one set of token files a partition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from forge.data.features import document_features
+from forge.data.partition import assign, split_by_partition
+from forge.data.tokenizer import load_tokenizer
+from forge.data.tokens import TokenFile
+from forge.evaluate.validation import load_shared
+from forge.files import RunDirectory
+from forge.train.loop import Progress
+
+SPLITS = ("train", "validation", "test")
+
+
+def partition_corpus(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    """Split the corpus into one partition an expert, each with train, validation and test blobs.
+
+    Raises:
+        DataError: a partition has no document in one of the splits.
+    """
+    config = run.config
+    corpus = TokenFile(run.data / "corpus.safetensors")
+    split = np.load(run.data / "split.npy")
+    method = config.partition.method
+    features = difficulty = None
+    if method in ("clustered", "curriculum"):
+        features, difficulty = document_features(load_shared(run), corpus, config.model.max_seq_len,
+                                                 run.work / "features.f32", progress)  # fmt: skip
+    tokenizer = load_tokenizer(run.data / "tokenizer.json")
+    assignment = assign(method, config.model.n_experts, train=split == 0, features=features,
+                        tokens_per_document=np.diff(corpus.offsets),
+                        texts=lambda i: tokenizer.decode(corpus.document(i).tolist()),
+                        labels=np.load(run.data / "label.npy"), difficulty=difficulty,
+                        balance=config.partition.balance, seed=config.seed)  # fmt: skip
+    files = split_by_partition(corpus, split, assignment, run.work / "partitions")
+    progress(stage="partition", step=len(files), steps=len(files), message="writing partitions")
+    partitions = []
+    for partition, paths in enumerate(files):
+        train = TokenFile(paths["train"])
+        row: dict[str, Any] = {"partition": partition, "tokens": len(train.tokens), "documents": len(train)}
+        for name in SPLITS:
+            size = paths[name].stat().st_size
+            row[name] = {"sha256": run.blobs.adopt(paths[name]), "size": size}
+        partitions.append(row)
+    return {"partitions": partitions}

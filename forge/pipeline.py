@@ -1,0 +1,227 @@
+"""A run, stage by stage: prepare, shared, partition, router, publish; then experts, validation, assembly, evaluation.
+
+Each stage is idempotent: what is finished has a marker and is skipped, what was interrupted goes on. `forge run` calls the
+stages one after another on one machine; a coordinator calls the same ones as child processes and leaves the experts to
+its nodes. Only the functions that run inside a child process import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from forge.checkpoint.assembly import accept, arrived, start
+from forge.config import RunConfig
+from forge.errors import ForgeError, ShardError
+from forge.files import RunDirectory, read_json, write_json
+from forge.jobs import Job
+from forge.system import peak_resident_bytes
+from forge.train.memory import plan
+from forge.vocabulary import STAGES
+
+Progress = Callable[..., None]
+ShouldStop = Callable[[], bool]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+# What runs inside a child process -------------------------------------------------------------------------------------
+
+
+def run_stage(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `stage`: run one stage of a run directory, or return its facts when it is finished."""
+    run, stage = RunDirectory(Path(arguments["run_dir"])), arguments["stage"]
+    facts = run.marker(stage)
+    if facts is not None:
+        return facts
+    ram_bytes = int(arguments.get("ram_bytes") or psutil.virtual_memory().total)
+    made = _STAGE_FUNCTIONS[stage](run, ram_bytes, progress, should_stop)
+    if made is None:
+        raise ForgeError(f"The {stage} stage was stopped; run the same command again to go on from its checkpoint.")
+    return run.finish(stage, made | {"peak_bytes": peak_resident_bytes()})
+
+
+def _prepare(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    from forge.data.prepare import prepare
+
+    def on_progress(done: int, total: int, message: str) -> None:
+        progress(stage="prepare", step=done, steps=total, message=message)
+
+    return prepare(run.config, run.data, on_progress)
+
+
+def _shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any] | None:
+    from forge.train.shared import train_shared
+
+    return train_shared(run, ram_bytes, progress, should_stop)
+
+
+def _partition(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    from forge.data.stage import partition_corpus
+
+    return partition_corpus(run, progress)
+
+
+def _router(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    from forge.router.stage import fit_router
+
+    return fit_router(run, progress)
+
+
+def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Gather every blob that leaves this machine, with the loss a shard has to beat on each partition."""
+    from forge.evaluate.validation import load_shared, partition_loss
+
+    config, model = run.config, load_shared(run)
+    shared, partitions, router = (run.marker(stage) for stage in ("shared", "partition", "router"))
+    assert shared is not None and partitions is not None and router is not None
+    files = []
+    for file in partitions["partitions"]:
+        files.append(file | {"shared_loss": partition_loss(run, model, file["validation"]["sha256"])})
+        progress(stage="publish", step=len(files), steps=len(partitions["partitions"]), message="measuring shared loss")
+    return {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "shared": shared["shared"],
+            "shared_ffn": shared["shared_ffn"], "router": router["router"], "partitions": files}  # fmt: skip
+
+
+_STAGE_FUNCTIONS: dict[str, Callable[[RunDirectory, int, Progress, ShouldStop], dict[str, Any] | None]] = {
+    "prepare": _prepare, "shared": _shared, "partition": _partition, "router": _router, "publish": _publish,
+}  # fmt: skip
+
+
+def run_expert(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `train-expert`: train the expert of an assignment in a work directory."""
+    from forge.train.expert import train_expert
+
+    return train_expert(arguments["assignment"], Path(arguments["work_dir"]), int(arguments["ram_bytes"]), progress,
+                        should_stop, arguments.get("device") or "auto")  # fmt: skip
+
+
+def run_validation(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `validate`: is this shard sound, and better than the shared components on its partition?"""
+    from forge.evaluate.validation import validate_shard
+
+    return validate_shard(RunDirectory(Path(arguments["run_dir"])), int(arguments["partition"]),
+                          Path(arguments["shard"]))  # fmt: skip
+
+
+def run_evaluation(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `evaluate`: measure the assembled model, add a row to reports/evaluation.json and draw the plots."""
+    from forge.evaluate.stage import evaluate_run
+
+    return evaluate_run(RunDirectory(Path(arguments["run_dir"])), final=bool(arguments["final"]), progress=progress)
+
+
+#: Name of a job -> what the child process runs.
+JOBS: dict[str, Callable[[dict[str, Any], Progress, ShouldStop], dict[str, Any]]] = {
+    "stage": run_stage, "train-expert": run_expert, "validate": run_validation, "evaluate": run_evaluation,
+}  # fmt: skip
+
+
+# What the parent does -------------------------------------------------------------------------------------------------
+
+
+def call(name: str, arguments: dict[str, Any], on_event: OnEvent, threads: int | None = None) -> dict[str, Any]:
+    """Run a job to its end, handing its progress events on.
+
+    Raises:
+        ForgeError: of the class that the job raised.
+    """
+    job = Job(name, arguments, threads=threads)
+    try:
+        for event in job.events():
+            on_event(event)
+        return job.result()
+    finally:
+        job.kill()
+
+
+def run_all(root: Path, config: RunConfig, *, ram_bytes: int, threads: int | None, device: str,
+            on_event: OnEvent) -> dict[str, Any]:  # fmt: skip
+    """The whole road on one machine, one expert in memory at a time; interrupted anywhere, it goes on.
+
+    Returns:
+        The last row of reports/evaluation.json.
+
+    Raises:
+        ForgeError: whatever stops a stage; what was finished stays finished.
+    """
+    run = prepare_run(root, config, STAGES, ram_bytes=ram_bytes, threads=threads, on_event=on_event)
+    start(run)
+    if not (run.reports / "evaluation.json").is_file():
+        call("evaluate", {"run_dir": str(root), "final": False}, on_event, threads)
+    done = arrived(run.model)
+    for partition in range(config.model.n_experts):
+        if partition not in done:
+            train_and_accept(run, partition, ram_bytes=ram_bytes, threads=threads, device=device, on_event=on_event)
+            call("evaluate", {"run_dir": str(root), "final": False}, on_event, threads)
+    return call("evaluate", {"run_dir": str(root), "final": True}, on_event, threads)
+
+
+def prepare_run(root: Path, config: RunConfig, stages: tuple[str, ...], *, ram_bytes: int, threads: int | None,
+                on_event: OnEvent) -> RunDirectory:  # fmt: skip
+    """Open a run directory and take it through `stages`, skipping those that are finished."""
+    run = RunDirectory.open(root, config)
+    for stage in stages:
+        if run.marker(stage) is None:
+            on_event({"event": "stage", "stage": stage})
+            facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads)
+            note_memory(run, stage, facts)
+    return run
+
+
+def train_and_accept(run: RunDirectory, partition: int, *, ram_bytes: int, threads: int | None, device: str,
+                     on_event: OnEvent) -> None:  # fmt: skip
+    """Train one expert here, validate its shard and put it into the assembled model.
+
+    Raises:
+        ShardError: the trained shard is not better than the shared components, so it is not used.
+    """
+    on_event({"event": "stage", "stage": f"expert {partition}"})
+    work = run.work / f"partition-{partition:03d}"
+    arguments = {"assignment": local_assignment(run, partition), "work_dir": str(work), "ram_bytes": ram_bytes,
+                 "device": device}  # fmt: skip
+    trained = call("train-expert", arguments, on_event, threads)
+    note_memory(run, f"expert {partition}", trained)
+    shard = Path(trained["shard"])
+    verdict = call("validate", {"run_dir": str(run.root), "partition": partition, "shard": str(shard)}, on_event, threads)
+    if not verdict["accepted"]:
+        raise ShardError(f"The expert of partition {partition} was not accepted: {'; '.join(verdict['reasons'])}. Train "
+                         "it on more tokens (train.expert.tokens), or lower its learning rate.")  # fmt: skip
+    manifest = read_json(Path(trained["manifest"]))
+    sha256 = run.blobs.adopt(shard)
+    accept(run, partition, sha256, {"node_name": "this machine", "loss": verdict["loss"],
+                                    "shared_loss": verdict["shared_loss"], "tokens": manifest["tokens_seen"]})  # fmt: skip
+
+
+def local_assignment(run: RunDirectory, partition: int) -> dict[str, Any]:
+    """The assignment that a node would get for this partition, with the run directory's own files."""
+    published = run.marker("publish")
+    if published is None:
+        raise ForgeError(f"The run in {run.root} has nothing to train an expert on yet: run `forge prepare` first.")
+    blobs = run.blobs
+    return {"run_id": run.run_id, "config_fingerprint": published["config_fingerprint"],
+            "config": run.config.model_dump(mode="json"), "partition": partition, "lease_id": "local",
+            "shared": str(blobs.path(published["shared"]["sha256"])),
+            "shared_ffn": str(blobs.path(published["shared_ffn"]["sha256"])),
+            "train_tokens": str(blobs.path(published["partitions"][partition]["train"]["sha256"])),
+            "shared_sha256": published["shared"]["sha256"]}  # fmt: skip
+
+
+def note_memory(run: RunDirectory, process: str, facts: dict[str, Any]) -> None:
+    """Keep the measured peak of a process beside its prediction, in reports/memory.json."""
+    path = run.reports / "memory.json"
+    rows = dict(read_json(path)) if path.is_file() else {}
+    rows[process] = {"peak_bytes": facts.get("peak_bytes"), "predicted_bytes": facts.get("predicted_bytes")}
+    write_json(path, rows)
+
+
+def check_budget(config: RunConfig, ram_bytes: int) -> None:
+    """Refuse a budget that cannot hold the larger training phase, before anything is read or downloaded.
+
+    Raises:
+        MemoryBudgetError: names the `--ram` that would do.
+    """
+    plan(config, "shared", ram_bytes)
+    plan(config, "expert", ram_bytes)
