@@ -1,0 +1,36 @@
+# Everything runs in the project's own virtual environment, made on first use. `make demo` and `make test` need nothing else.
+VENV := $(abspath .venv)
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy forge coordinator node benchmarks
+	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo.py --run-dir runs/bench
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build

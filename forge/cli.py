@@ -1,0 +1,293 @@
+"""The `forge` command: the whole pipeline on one machine, on a config or on a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import json
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import click
+
+from forge.config import RunConfig, load_config
+from forge.errors import ForgeError, StorageError
+
+#: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
+INTERRUPTED = 130
+
+
+def report_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command: a user's error becomes one sentence on stderr and its documented exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ForgeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted: run the same command again to go on from the last checkpoint.", err=True)
+            sys.exit(INTERRUPTED)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="modularforge")
+def main() -> None:
+    """Train a mixture of experts from scratch, one expert in memory at a time."""
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("config", default="default"),
+        click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+        click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
+        click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
+        click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
+        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command("config")
+@click.argument("config", default="default")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@report_errors
+def show_config(config: str, overrides: tuple[str, ...]) -> None:
+    """Print the resolved config, its parameters, the memory of each stage and its fingerprint."""
+    from forge.train.memory import format_size, predict
+
+    resolved = load_config(config, overrides)
+    model = resolved.model
+    click.echo(resolved.to_yaml())
+    rows = [("embedding", model.embedding_parameters), ("attention", model.attention_parameters),
+            ("norms", model.norm_parameters), ("router", model.router_parameters),
+            ("one expert", model.expert_parameters), (f"{model.n_experts} experts", model.n_experts * model.expert_parameters),
+            ("total", model.total_parameters)]  # fmt: skip
+    click.echo("parameters")
+    for name, count in rows:
+        click.echo(f"  {name:12} {count:>15,}")
+    click.echo("memory, predicted peak with one sequence at a time")
+    for stage in ("shared", "expert", "evaluate"):
+        click.echo(f"  {stage:12} {format_size(predict(resolved, stage, 1).peak_bytes):>15}")
+    click.echo(f"fingerprint    {resolved.fingerprint}")
+
+
+@main.command()
+@_run_options
+@report_errors
+def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
+        device: str) -> None:  # fmt: skip
+    """Do everything on this machine: prepare, train, assemble, evaluate."""
+    from forge import pipeline
+
+    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
+    pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device, on_event=Printer())
+    print_evaluation(root)
+    click.echo(f"model: {root / 'model'}")
+
+
+@main.command()
+@_run_options
+@report_errors
+def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
+            device: str) -> None:  # fmt: skip
+    """Read the corpus, train the tokenizer and write the token files."""
+    from forge import pipeline
+
+    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
+    pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
+                         on_event=Printer())  # fmt: skip
+    facts = json.loads((root / "stages" / "prepare.json").read_text())
+    click.echo(f"prepared {facts['documents']:,} documents, {facts['tokens']:,} tokens in {root}")
+
+
+@main.command()
+@_run_options
+@click.option("--partition", type=click.IntRange(0), default=None, help="Train only the expert of this partition.")
+@report_errors
+def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
+          device: str, partition: int | None) -> None:  # fmt: skip
+    """Train the shared components, fit the router, and train the experts that have not arrived."""
+    from forge import pipeline
+    from forge.checkpoint.assembly import arrived, start
+    from forge.vocabulary import STAGES
+
+    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
+    if partition is not None and partition >= resolved.model.n_experts:
+        raise click.BadParameter(f"the run has partitions 0 to {resolved.model.n_experts - 1}", param_hint="--partition")
+    printer = Printer()
+    opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
+                                  on_event=printer)  # fmt: skip
+    start(opened)
+    wanted = range(resolved.model.n_experts) if partition is None else [partition]
+    for index in wanted:
+        if index not in arrived(opened.model):
+            pipeline.train_and_accept(opened, index, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+                                      on_event=printer)  # fmt: skip
+    click.echo(f"{len(arrived(opened.model))} of {resolved.model.n_experts} experts are in {root / 'model'}")
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@report_errors
+def assemble(run_dir: Path) -> None:
+    """Bring the assembled model of a run directory up to date with the shards it holds."""
+    from forge.checkpoint.assembly import arrived, start
+    from forge.files import RunDirectory
+
+    opened = RunDirectory(run_dir)
+    n_experts = opened.config.model.n_experts
+    if opened.marker("publish") is None:
+        raise StorageError(f"The run in {run_dir} has no frozen shared components yet: run `forge train` on it first.")
+    start(opened)
+    click.echo(f"{len(arrived(opened.model))} of {n_experts} experts are in {opened.model}; the others are the shared FFN")
+
+
+@main.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--data", default=None, metavar="SOURCE", help="Text to measure the model on: any source of `data.source`.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors
+def evaluate(target: Path, data: str | None, as_json: bool) -> None:
+    """Measure a run directory on its held-out documents, or a model directory on --data."""
+    if data is None:
+        from forge import pipeline
+        from forge.files import RunDirectory
+
+        if not (target / "run.yaml").is_file():
+            raise StorageError(f"{target} is not a run directory: give one, or a model directory with --data SOURCE.")
+        if RunDirectory(target).marker("publish") is None:
+            raise StorageError(f"The run in {target} has no assembled model yet: run `forge train` on it first.")
+        row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, Printer())
+        if as_json:
+            click.echo(json.dumps(row, indent=2))
+        else:
+            print_evaluation(target)
+        return
+    from forge.config import DataConfig
+    from forge.data.sources import documents
+    from forge.evaluate.report import evaluate_text
+
+    result = evaluate_text(target, (text for text, _ in documents(DataConfig(source=data))))
+    click.echo(json.dumps(result, indent=2) if as_json else
+               f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
+               f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
+
+
+@main.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="Text to continue.")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0))
+@click.option("--top-k", default=None, type=click.IntRange(1))
+@click.option("--top-p", default=None, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--seed", default=0, show_default=True)
+@report_errors
+def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
+             seed: int) -> None:  # fmt: skip
+    """Continue a prompt with an assembled model."""
+    from forge.data.tokenizer import load_tokenizer
+    from forge.evaluate.generate import generate as continue_text
+    from forge.model.moe import MixtureLM
+
+    model = MixtureLM.load(model_dir)
+    click.echo(prompt, nl=False)
+    continue_text(model, load_tokenizer(model_dir / "tokenizer.json"), prompt, max_tokens, temperature, top_k, top_p, seed,
+                  on_token=lambda text: click.echo(text, nl=False))  # fmt: skip
+    click.echo()
+
+
+@main.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="USER/REPO")
+@click.option("--private", is_flag=True, help="Create the repository private.")
+@report_errors
+def push(model_dir: Path, repo: str, private: bool) -> None:
+    """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
+    from forge.publish.hub import push_model
+
+    click.echo(push_model(model_dir, repo, message="Push the assembled model", private=private))
+
+
+class Printer:
+    """Progress of jobs as plain lines: one a stage, then one every few seconds."""
+
+    #: Seconds between two lines of one stage.
+    INTERVAL = 3.0
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "stage":
+            self._last = 0.0
+            click.echo(f"== {event['stage']}")
+            return
+        if time.monotonic() - self._last < self.INTERVAL and event["step"] != event["steps"]:
+            return
+        self._last = time.monotonic()
+        click.echo(progress_line(event))
+
+
+def progress_line(event: dict[str, Any]) -> str:
+    """One progress event for people: stage, steps, loss, speed, memory and the time left."""
+    from forge.train.memory import format_size
+
+    parts = [f"{event['stage']}: {event['step']:,} of {event['steps']:,}"]
+    if event.get("message"):
+        parts.append(str(event["message"]))
+    if event.get("loss") is not None:
+        parts.append(f"loss {event['loss']:.3f}")
+    if event.get("tokens_per_second"):
+        parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"memory {format_size(event['resident_bytes'])}")
+    return "  " + ", ".join(parts)
+
+
+def print_evaluation(root: Path) -> None:
+    """The perplexity table of a run: shared components alone, after each accepted shard, final."""
+    report = json.loads((root / "reports" / "evaluation.json").read_text())
+    first = report["rows"][0]
+    click.echo(f"\n{'perplexity':28}{'mean':>9}{'pooled':>9}{'bits/byte':>11}")
+    if first.get("shared_mean_perplexity"):
+        click.echo(f"{'shared components alone':28}{first['shared_mean_perplexity']:9.2f}")
+    for row in report["rows"]:
+        name = f"{row['experts']} expert{'' if row['experts'] == 1 else 's'}" + (" (final)" if row.get("final") else "")
+        click.echo(f"{name:28}{row['mean_perplexity']:9.2f}{row['pooled_perplexity']:9.2f}{row['pooled_bits_per_byte']:11.4f}")
+    for sample in report["rows"][-1].get("samples") or []:
+        click.echo(f"\nsample, partition {sample['partition']}: {sample['prompt']!r}\n  -> {sample['text']!r}")
+    memory = root / "reports" / "memory.json"
+    if memory.is_file():
+        from forge.train.memory import format_size
+
+        click.echo(f"\n{'peak memory':28}{'measured':>9}{'predicted':>11}")
+        for process, row in json.loads(memory.read_text()).items():
+            predicted = format_size(row["predicted_bytes"]) if row["predicted_bytes"] else "-"
+            click.echo(f"{process:28}{format_size(row['peak_bytes']):>9}{predicted:>11}")
+
+
+def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
+             ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
+    import psutil
+
+    from forge.pipeline import check_budget
+    from forge.train.memory import parse_size
+
+    resolved = load_config(config, overrides)
+    ram_bytes = parse_size(ram) if ram is not None else int(psutil.virtual_memory().total)
+    check_budget(resolved, ram_bytes)
+    return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
+
+
+def _threads(threads: int | None) -> int:
+    from forge.system import physical_cores
+
+    return threads or physical_cores()
