@@ -1,0 +1,88 @@
+"""Who a node is: its public key, a credential that only this coordinator can make, and signed manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+import secrets
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from forge.errors import ProtocolError, StorageError, storage_errors
+
+#: Bytes of an Ed25519 public key and of a signature (RFC 8032, 5.1.5 and 5.1.6).
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+#: Bytes of the server's secret: as many as its HMAC's hash.
+SECRET_BYTES = 32
+#: Hexadecimal digits of a node id.
+NODE_ID_DIGITS = 16
+
+
+class CredentialError(ProtocolError):
+    """A call came without a credential of this coordinator: the node must join (again)."""
+
+
+def node_id_of(public_key: bytes) -> str:
+    """The id of the node with this key: the first 16 hexadecimal digits of its sha256."""
+    return hashlib.sha256(public_key).hexdigest()[:NODE_ID_DIGITS]
+
+
+class Credentials:
+    """Makes and checks credentials: `NODE_ID.HMAC-SHA256(secret, node_id)`, opaque to the node.
+
+    Args:
+        secret: the coordinator's secret.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    @classmethod
+    def load(cls, path: Path) -> Credentials:
+        """Read the secret, or make one that only this user can read.
+
+        Raises:
+            StorageError: it cannot be read or written, or is damaged.
+        """
+        with storage_errors(path):
+            if not path.exists():
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.unlink(missing_ok=True)
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(secrets.token_bytes(SECRET_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            secret = path.read_bytes()
+        if len(secret) != SECRET_BYTES:
+            raise StorageError(f"{path} is damaged: delete it and start again; every node then joins anew by itself.")
+        return cls(secret)
+
+    def issue(self, node_id: str) -> str:
+        """The credential of a node: the same one every time."""
+        return f"{node_id}.{hmac.new(self._secret, node_id.encode(), hashlib.sha256).hexdigest()}"
+
+    def check(self, credential: str) -> str:
+        """The node that a credential belongs to, compared in constant time.
+
+        Raises:
+            CredentialError: this coordinator has not made it.
+        """
+        node_id = credential.partition(".")[0]
+        if not hmac.compare_digest(self.issue(node_id).encode(), credential.encode()):
+            raise CredentialError("This coordinator does not know this node: join first.")
+        return node_id
+
+
+def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether `signature` over `message` was made with the private half of `public_key` (Ed25519, RFC 8032)."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

@@ -1,0 +1,210 @@
+"""Uploads: `blobs/incoming/<sha256>.part` grows from wherever it was, and becomes a blob when its hash is right.
+
+Chunks go from the wire to the disk: memory is one chunk an upload. What is on disk decides where an upload goes on,
+so a killed coordinator loses nothing that it had written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import contextlib
+from dataclasses import dataclass, field
+from io import FileIO
+import math
+import os
+from pathlib import Path
+import shutil
+import threading
+
+from coordinator.records import LeaseRecord
+from forge.config import ModelConfig
+from forge.errors import NetworkError, ProtocolError, ShardError, StorageError, storage_errors
+from forge.files import BlobStore, hash_file
+from forge.model.names import expert_tensors
+
+#: Bytes that the header of a shard's safetensors file may take: about 150 a tensor, plus metadata.
+HEADER_BYTES = 1 << 20
+PART_SUFFIX = ".part"
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class UploadInterruptedError(NetworkError):
+    """The stream ended early for a reason that a new attempt may not meet: ask for the offset and go on."""
+
+
+def largest_shard(model: ModelConfig) -> int:
+    """Bytes that a shard of this architecture may have."""
+    elements = sum(math.prod(shape) for shape in expert_tensors(model, 0).values())
+    return elements * _ELEMENT_BYTES[model.dtype] + HEADER_BYTES
+
+
+@dataclass
+class _Upload:
+    """One upload that was opened since this process started."""
+
+    size: int
+    writer: object | None = None
+    cancel: Callable[[], object] | None = None
+    damaged: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Uploads:
+    """Incoming shards of one run.
+
+    Args:
+        store: where finished uploads go.
+        largest: bytes that one upload may have.
+    """
+
+    def __init__(self, store: BlobStore, largest: int) -> None:
+        self.store = store
+        self._largest = largest
+        self._directory = store.directory / "incoming"
+        self._lock = threading.Lock()
+        self._open: dict[str, _Upload] = {}
+        self._of_lease: dict[str, str] = {}
+
+    def open(self, lease: LeaseRecord, sha256: str, size: int) -> int:
+        """Announce an upload; the offset to go on from, equal to `size` when nothing is missing.
+
+        A lease has one upload: announcing another one drops the first, so that a node cannot fill the disk with parts.
+
+        Raises:
+            ProtocolError: the size is not one that a shard of this run can have.
+            StorageError: the disk has no room for the rest.
+        """
+        if not 0 < size <= self._largest:
+            raise ProtocolError(f"A shard of this run has at most {self._largest:,} bytes, and this one {size:,}.")
+        if self.store.has(sha256):
+            return size
+        with self._lock:
+            before = self._of_lease.get(lease.id)
+            self._of_lease[lease.id] = sha256
+            if before is not None and before != sha256 and before not in self._of_lease.values():
+                self._open.pop(before, None)
+                self._part(before).unlink(missing_ok=True)
+            upload = self._open.setdefault(sha256, _Upload(size))
+        with upload.lock:
+            if upload.size != size:
+                upload.size, upload.writer = size, None
+            held = self._held(sha256)
+            if held > size:
+                self._drop(sha256)
+                held = 0
+            self._require_room(size - held)
+            if held == size:
+                held = self._finish(sha256, upload)
+        return held
+
+    def write(self, sha256: str, offset: int, chunks: Iterable[bytes],
+              cancel: Callable[[], object] | None = None) -> int:  # fmt: skip
+        """Append chunks from `offset` on, and finish the upload when it is complete; the bytes held after.
+
+        Args:
+            sha256: an upload that was opened.
+            offset: where the first chunk belongs: at most what is held.
+            chunks: the bytes, read as they come.
+            cancel: ends this stream; called when a newer stream for the same upload takes over.
+
+        Raises:
+            ProtocolError: the upload is not open, the offset leaves a hole, or there are more bytes than announced.
+            UploadInterruptedError: a newer stream took over, or the bytes arrived damaged.
+            ShardError: the bytes arrived damaged twice, so they are damaged where they come from.
+            StorageError: the disk is full.
+        """
+        if self.store.has(sha256):
+            return self.store.path(sha256).stat().st_size
+        with self._lock:
+            upload = self._open.get(sha256)
+        if upload is None:
+            raise UploadInterruptedError("The coordinator was restarted: ask for the offset and go on from there.")
+        writer = object()
+        with upload.lock:
+            upload.writer, stalled, upload.cancel = writer, upload.cancel, cancel
+            if offset > self._held(sha256):
+                raise ProtocolError(f"The upload of {sha256[:12]} has {self._held(sha256):,} bytes so far: go on from "
+                                    "there.")  # fmt: skip
+            path = self._part(sha256)
+            with storage_errors(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                file = FileIO(path, "r+" if path.exists() else "w+")
+        if stalled is not None:
+            stalled()
+        with file:
+            for chunk in chunks:
+                with upload.lock:
+                    if upload.writer is not writer:
+                        raise UploadInterruptedError("A newer stream of this shard took over.")
+                    if offset + len(chunk) > upload.size:
+                        raise ProtocolError(f"The upload was announced with {upload.size:,} bytes and brings more.")
+                    with storage_errors(self._directory):
+                        _write_all(file, offset, chunk)
+                    offset += len(chunk)
+        with upload.lock:
+            if upload.writer is writer:
+                upload.writer = upload.cancel = None
+            if self.store.has(sha256):
+                return upload.size
+            return self._finish(sha256, upload) if self._held(sha256) == upload.size else self._held(sha256)
+
+    def forget_all(self) -> None:
+        """Delete every unfinished upload: the run needs no more shards."""
+        with self._lock:
+            self._open.clear()
+            self._of_lease.clear()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _finish(self, sha256: str, upload: _Upload) -> int:
+        """Check the hash and make the part a blob."""
+        path = self._part(sha256)
+        if hash_file(path) != sha256:
+            self._drop(sha256)
+            upload.damaged += 1
+            if upload.damaged > 1:
+                raise ShardError("The shard arrived twice with other bytes than its sha256 stands for: its file is "
+                                 "damaged.")  # fmt: skip
+            raise UploadInterruptedError("The shard arrived damaged: send it again.")
+        with storage_errors(path), open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.replace(path, self.store.path(sha256))
+            _sync_directory(self.store.directory)
+        with self._lock:
+            self._open.pop(sha256, None)
+        return upload.size
+
+    def _held(self, sha256: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self._part(sha256).stat().st_size
+        return 0
+
+    def _drop(self, sha256: str) -> None:
+        self._part(sha256).unlink(missing_ok=True)
+
+    def _part(self, sha256: str) -> Path:
+        self.store.path(sha256)  # Refuses what is not a hash, and so every path outside the directory.
+        return self._directory / f"{sha256}{PART_SUFFIX}"
+
+    def _require_room(self, missing: int) -> None:
+        with storage_errors(self.store.directory):
+            free = shutil.disk_usage(self.store.directory).free
+        if free < missing:
+            raise StorageError(f"The disk that holds {self.store.directory} is full: a shard of {missing:,} more bytes "
+                               f"does not fit into the {free:,} left; free some space.")  # fmt: skip
+
+
+def _write_all(file: FileIO, offset: int, data: bytes) -> None:
+    file.seek(offset)
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,304 @@
+"""What the coordinator answers: plain requests in, plain answers or a `ForgeError` out. No wire, no threads, no clock.
+
+Everything a peer sends is bounded here before it is used or stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+import json
+import math
+import re
+from typing import Any
+
+from coordinator.activity import LONGEST_WAIT_SECONDS, SHORTEST_WAIT_SECONDS, Activity
+from coordinator.auth import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, CredentialError, Credentials, node_id_of, verify_signature
+from coordinator.blobs import Uploads
+from coordinator.messages import (
+    Assignment,
+    Blob,
+    CommitRequest,
+    Done,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Joined,
+    JoinRequest,
+    LeaseRequest,
+    Machine,
+    OpenUploadRequest,
+    Progress,
+    RunSummary,
+    Status,
+    UploadOpened,
+    Wait,
+)
+from coordinator.records import Counts, NodeRecord, Receipt
+from coordinator.state import State
+from forge.config import RunConfig
+from forge.errors import ProtocolError, ShardError
+from forge.files import RunDirectory
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
+
+#: Bounds of what a peer may send: characters of a word about its machine, of a reason, bytes of a manifest (ours have
+#: some 500), and entries of a list.
+MAX_WORD, MAX_REASON, MAX_MANIFEST_BYTES, MAX_LIST = 200, 500, 1 << 16, 4096
+MAX_NAME = 64
+#: Largest integer that every database holds.
+MAX_INTEGER = (1 << 63) - 1
+#: Heartbeats in the life of a lease: three may be lost.
+HEARTBEATS = 4
+#: Seconds until a node that waits for somebody's verdict asks again.
+VERDICT_WAIT_SECONDS = 2.0
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LEASE_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class InvalidRequestError(ProtocolError):
+    """A request that no node of ours sends."""
+
+
+class NotPublishedError(ProtocolError):
+    """A blob that this run does not publish."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the handlers work with."""
+
+    config: RunConfig
+    run: RunDirectory
+    run_id: str
+    state: State
+    uploads: Uploads
+    credentials: Credentials
+    activity: Activity
+    clock: Callable[[], float]
+
+
+def authenticate(desk: Desk, credential: str) -> NodeRecord:
+    """The node that calls.
+
+    Raises:
+        CredentialError: the credential is not ours, or its node is not in this run's database.
+    """
+    node = desk.state.node(desk.credentials.check(credential[:MAX_WORD]))
+    if node is None:
+        raise CredentialError("This run does not know this node: join first.")
+    return node
+
+
+def join(request: JoinRequest, desk: Desk) -> Joined:
+    """Register a node; the same key is always the same node.
+
+    Raises:
+        ProtocolError: the node speaks another version.
+        InvalidRequestError: the key or the name is not one.
+    """
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise ProtocolError(f"The coordinator speaks version {PROTOCOL_VERSION} of the protocol and this node version "
+                            f"{request.protocol_version}: install the same version of ModularForge on both.")  # fmt: skip
+    if len(request.public_key) != PUBLIC_KEY_BYTES:
+        raise InvalidRequestError(f"A public key has {PUBLIC_KEY_BYTES} bytes, and this one {len(request.public_key)}.")
+    if not (1 <= len(request.name) <= MAX_NAME and request.name.isprintable() and request.name.strip()):
+        raise InvalidRequestError(f"A node's name has 1 to {MAX_NAME} printable characters: choose another one.")
+    node_id = node_id_of(request.public_key)
+    desk.state.register_node(node_id, request.public_key, request.name, _machine(request.machine))
+    return Joined(node_id=node_id, credential=desk.credentials.issue(node_id), run=summary(desk))
+
+
+def summary(desk: Desk) -> RunSummary:
+    """What the run is, and how far it got."""
+    return RunSummary(
+        run_id=desk.run_id, name=desk.config.name, config_fingerprint=desk.config.fingerprint,
+        config_json=json.dumps(desk.config.model_dump(mode="json")), phase=desk.activity.snapshot().phase)  # fmt: skip
+
+
+def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | Wait | Done:
+    """Give work, or say what is waited for.
+
+    Raises:
+        InvalidRequestError: the list of preferred partitions is absurdly long.
+    """
+    if len(request.preferred_partitions) > MAX_LIST:
+        raise InvalidRequestError(f"A node prefers at most {MAX_LIST} partitions.")
+    counts = desk.state.counts()
+    if counts.complete:
+        return Done(reason=f"all {counts.total} experts are accepted")
+    now = desk.activity.snapshot()
+    if now.phase != "experts":
+        return Wait(reason=f"the coordinator is {now.sentence}", retry_seconds=now.retry_seconds)
+    granted = desk.state.grant(node.id, request.preferred_partitions)
+    if granted is None:
+        return _nothing_open(desk.state.counts(), desk.state.draining)
+    facts = desk.run.marker("publish") or {}
+    partition = next(part for part in facts["partitions"] if part["partition"] == granted.partition)
+    return Assignment(
+        lease_id=granted.id, partition=granted.partition, partition_tokens=partition["tokens"],
+        shared=_blob(facts["shared"]), shared_ffn=_blob(facts["shared_ffn"]), train_tokens=_blob(partition["train"]),
+        heartbeat_seconds=desk.config.fleet.lease_seconds / HEARTBEATS)  # fmt: skip
+
+
+def heartbeat(request: HeartbeatRequest, node: NodeRecord, desk: Desk) -> HeartbeatAnswer:
+    """Keep a lease alive."""
+    order, reason = desk.state.heartbeat(request.lease_id[:MAX_WORD], node.id, _progress(request.progress))
+    return HeartbeatAnswer(order=order, reason=reason)
+
+
+def release(lease_id: str, node: NodeRecord, desk: Desk) -> None:
+    """Take a lease back."""
+    desk.state.release(lease_id[:MAX_WORD], node.id)
+
+
+def fetch_blob(sha256: str, offset: int, desk: Desk) -> Iterator[bytes]:
+    """The bytes of a published blob from an offset on, in chunks of `CHUNK_BYTES`.
+
+    Raises:
+        NotPublishedError: the run does not publish it.
+        InvalidRequestError: the offset lies behind its end.
+    """
+    size = published(desk.run).get(sha256)
+    if size is None:
+        raise NotPublishedError("This run publishes no such file.")
+    if offset > size:
+        raise InvalidRequestError(f"The file {sha256[:12]} has {size:,} bytes: there is nothing at {offset:,}.")
+    path = desk.run.blobs.path(sha256)
+
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    return chunks()
+
+
+def open_upload(request: OpenUploadRequest, node: NodeRecord, desk: Desk) -> UploadOpened:
+    """Say where an upload goes on.
+
+    Raises:
+        ProtocolError: the lease is not this node's, or the size is not a shard's.
+        StorageError: the disk has no room.
+    """
+    _check_ids(request.lease_id, request.sha256)
+    held = desk.state.lease(request.lease_id, node.id)
+    receipt = desk.state.receipt(request.lease_id, node.id, request.sha256)
+    if receipt is not None:
+        return UploadOpened(offset=request.size, receipt=receipt)
+    return UploadOpened(offset=desk.uploads.open(held, request.sha256, request.size))
+
+
+def upload(lease_id: str, sha256: str, offset: int, chunks: Iterable[bytes], node: NodeRecord, desk: Desk,
+           cancel: Callable[[], object] | None = None) -> int:  # fmt: skip
+    """Take the bytes of a shard as they come; how many are held then.
+
+    Raises:
+        ProtocolError: the lease is not this node's, or the bytes do not continue the upload.
+        UploadInterruptedError: ask for the offset and go on.
+        ShardError: what arrives is not what its sha256 says, again.
+        StorageError: the disk is full.
+    """
+    _check_ids(lease_id, sha256)
+    desk.state.lease(lease_id, node.id)
+    return desk.uploads.write(sha256, offset, chunks, cancel)
+
+
+def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
+    """Take a shard in, or repeat the verdict on it.
+
+    Raises:
+        ProtocolError: the lease is not this node's, or the upload is not complete.
+        ShardError: the manifest is not this node's word about this shard.
+    """
+    _check_ids(request.lease_id, request.sha256)
+    held = desk.state.lease(request.lease_id, node.id)
+    known = desk.state.receipt(request.lease_id, node.id, request.sha256)
+    if known is not None:
+        return known
+    if len(request.manifest) > MAX_MANIFEST_BYTES or len(request.signature) != SIGNATURE_BYTES:
+        raise InvalidRequestError(f"A manifest has at most {MAX_MANIFEST_BYTES:,} bytes, and a signature "
+                                  f"{SIGNATURE_BYTES}.")  # fmt: skip
+    if not verify_signature(node.public_key, request.manifest, request.signature):
+        raise ShardError("The manifest is not signed by this node's key.")
+    _check_manifest(request.manifest, {"run_id": desk.run_id, "partition": held.partition, "sha256": request.sha256,
+                                       "lease_id": request.lease_id})  # fmt: skip
+    if not desk.run.blobs.has(request.sha256):
+        raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
+    size = desk.run.blobs.path(request.sha256).stat().st_size
+    return desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
+                             signature=request.signature)  # fmt: skip
+
+
+def status(desk: Desk) -> Status:
+    """The whole state of the run at this moment."""
+    desk.state.counts()  # Lets overdue leases expire before they are shown.
+    now, nodes = desk.activity.snapshot(), desk.state.nodes()
+    evaluations = ((int(row["experts"]), float(row.get("mean_perplexity") or math.nan),
+                    float(row.get("pooled_perplexity") or math.nan)) for row in desk.state.evaluations())  # fmt: skip
+    return Status(
+        run=summary(desk), activity=now.sentence, partitions=tuple(desk.state.partitions()), nodes=tuple(nodes),
+        progress=Progress(step=now.step, steps=now.steps, loss=now.loss or 0.0, resident_bytes=now.resident_bytes,
+                          tokens_per_second=now.tokens_per_second or 0.0, activity=now.phase),
+        idle_seconds=tuple(max(0.0, desk.clock() - node.seen_at) for node in nodes),
+        evaluations=tuple(evaluations))  # fmt: skip
+
+
+def published(run: RunDirectory) -> dict[str, int]:
+    """sha256 -> size of every blob that nodes may read: none before the run is published."""
+    facts = run.marker("publish") or {}
+    blobs = [facts[key] for key in ("shared", "shared_ffn", "router") if key in facts]
+    for partition in facts.get("partitions", ()):
+        blobs += [partition[key] for key in ("train", "validation", "test") if partition.get(key)]
+    return {blob["sha256"]: int(blob["size"]) for blob in blobs}
+
+
+def _nothing_open(counts: Counts, draining: bool) -> Wait:
+    if draining:
+        return Wait(reason="the coordinator is draining: it gives out no more work", retry_seconds=LONGEST_WAIT_SECONDS)
+    if counts.open:
+        return Wait(reason="what is open was tried by this node and rejected: another node must train it",
+                    retry_seconds=LONGEST_WAIT_SECONDS)  # fmt: skip
+    busy = [f"{counts.leased} being trained by other nodes"] if counts.leased else []
+    busy += [f"{counts.uploaded} being validated"] if counts.uploaded else []
+    retry = VERDICT_WAIT_SECONDS if counts.uploaded else counts.next_expiry or VERDICT_WAIT_SECONDS
+    return Wait(reason=f"no partition is open: {counts.accepted} of {counts.total} accepted, {', '.join(busy)}",
+                retry_seconds=min(max(retry, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS / 3))  # fmt: skip
+
+
+def _check_ids(lease_id: str, sha256: str) -> None:
+    if not (_LEASE_ID.fullmatch(lease_id) and _SHA256.fullmatch(sha256)):
+        raise InvalidRequestError("A lease id has 32 and a sha256 has 64 hexadecimal digits.")
+
+
+def _check_manifest(manifest: bytes, expected: dict[str, Any]) -> None:
+    try:
+        said = json.loads(manifest)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise ShardError("The manifest is not a JSON object.")
+    for key, value in expected.items():
+        if said.get(key) != value:
+            raise ShardError(f"The manifest speaks of another {key.replace('_', ' ')} than this shard's.")
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    return {key: value[:MAX_WORD] if isinstance(value, str) else min(value, MAX_INTEGER)
+            for key, value in asdict(machine).items()}  # fmt: skip
+
+
+def _progress(progress: Progress) -> dict[str, Any]:
+    facts = _machine_safe(asdict(progress))
+    return {**facts, "activity": progress.activity[:MAX_WORD]}
+
+
+def _machine_safe(facts: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON and every database can hold: no NaN, no infinity, nothing above 63 bits."""
+    return {key: 0.0 if isinstance(value, float) and not math.isfinite(value)
+            else min(value, MAX_INTEGER) if isinstance(value, int) else value
+            for key, value in facts.items()}  # fmt: skip
+
+
+def _blob(facts: dict[str, Any]) -> Blob:
+    return Blob(sha256=facts["sha256"], size=int(facts["size"]))

@@ -1,0 +1,86 @@
+"""The one seam through which the coordinator has heavy work done: a child process, or whatever a test puts there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+import threading
+from typing import Any, Protocol
+
+from forge.errors import ForgeError
+from forge.jobs import Job
+
+#: Seconds that shared training gets to write its last checkpoint when the coordinator is stopped.
+GRACE_SECONDS = 20.0
+
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a thread
+    """The coordinator is being stopped."""
+
+
+class RunJob(Protocol):
+    """Run a job to its end.
+
+    Raises:
+        ForgeError: the job failed.
+        Stopped: the coordinator is being stopped.
+    """
+
+    def __call__(self, name: str, arguments: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """Return the job's result."""
+        ...
+
+
+class JobRunner:
+    """Runs jobs as child processes and ends them when it is stopped.
+
+    Args:
+        log: file that takes the children's stderr.
+        on_end: told the name of an ended job, its peak resident bytes and its result.
+    """
+
+    def __init__(self, log: Path, on_end: Callable[[str, int, dict[str, Any]], None] = lambda *_: None) -> None:
+        self._log = log
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._running: dict[Job, bool] = {}
+        self._stopped = False
+
+    def __call__(self, name: str, arguments: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """Run one job to its end (see `RunJob`)."""
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            job = Job(name, arguments, log=self._log)
+            self._running[job] = arguments.get("stage") == "shared"
+        try:
+            for event in job.events():
+                on_progress(event)
+            result = job.result()
+        except ForgeError as error:
+            if self._stopped:
+                raise Stopped from error
+            raise
+        finally:
+            with self._lock:
+                del self._running[job]
+        self._on_end(name, job.peak_rss, result)
+        if self._stopped and result.get("finished") is False:
+            raise Stopped
+        return result
+
+    def stop(self) -> None:
+        """End every child: shared training writes a last checkpoint (`GRACE_SECONDS`), the rest has nothing to save."""
+        with self._lock:
+            self._stopped = True
+            running = dict(self._running)
+        for job, has_checkpoint in running.items():
+            if not has_checkpoint:
+                job.kill()
+                continue
+            job.finish()
+            timer = threading.Timer(GRACE_SECONDS, job.kill)
+            timer.daemon = True
+            timer.start()

@@ -1,0 +1,43 @@
+"""What happened, in order: `events.jsonl` for programs, a line on the terminal for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timezone
+import json
+from pathlib import Path
+import sys
+import threading
+from typing import Any
+
+
+def print_line(line: str) -> None:
+    """Print a line with the time of day."""
+    sys.stdout.write(f"[{datetime.now().strftime('%H:%M:%S')}] {line}\n")
+    sys.stdout.flush()
+
+
+class Journal:
+    """Appends one JSON object a line to a file: `ts` (UTC, ISO 8601), `event`, and the event's facts.
+
+    Args:
+        path: the file.
+        echo: shows a sentence to whoever watches.
+    """
+
+    def __init__(self, path: Path, echo: Callable[[str], None] = print_line) -> None:
+        self._path = path
+        self._echo = echo
+        self._lock = threading.Lock()
+
+    def event(self, name: str, sentence: str = "", **facts: Any) -> None:
+        """Record an event and show its sentence. A disk that cannot take it stops nothing: the run matters more."""
+        line = json.dumps({"ts": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name, **facts})
+        with self._lock:
+            if sentence:
+                self._echo(sentence)
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                self._echo(f"cannot write to {self._path}: {error.strerror}")

@@ -1,0 +1,133 @@
+"""What the coordinator remembers without judging it: nodes, evaluations, and views of partitions and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+import time
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator.database import Database
+from coordinator.records import NodeRecord, PartitionRecord, PartitionState, ShardRecord
+from coordinator.tables import Evaluation, Lease, Node, Partition, Shard
+from forge.errors import ProtocolError
+
+#: Nodes of one run; far above any fleet, far below what would fill a disk.
+MAX_NODES = 10_000
+
+
+class Ledger:
+    """The part of the state without transitions. Every method is one transaction and may be called from any thread.
+
+    Args:
+        location: SQLite file or SQLAlchemy URL.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, location: Path | str, clock: Callable[[], float] = time.time) -> None:
+        self._database = Database(location)
+        self._clock = clock
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def register_node(self, node_id: str, public_key: bytes, name: str, machine: dict[str, Any]) -> None:
+        """Remember a node, or what it says about itself now."""
+        now = self._clock()
+        with self._database.transaction() as session:
+            node = session.get(Node, node_id)
+            if node is None:
+                if (session.scalar(select(func.count()).select_from(Node)) or 0) >= MAX_NODES:
+                    raise ProtocolError(f"This run has {MAX_NODES} nodes already and takes no more.")
+                session.add(Node(id=node_id, public_key=public_key, name=name, machine=machine, joined_at=now,
+                                 seen_at=now))  # fmt: skip
+            else:
+                node.name, node.machine, node.seen_at = name, machine, now
+
+    def node(self, node_id: str) -> NodeRecord | None:
+        """The node of that id, noting that it was heard of just now."""
+        with self._database.transaction() as session:
+            node = session.get(Node, node_id)
+            if node is None:
+                return None
+            node.seen_at = self._clock()
+            return _node(node)
+
+    def next_pending(self) -> ShardRecord | None:
+        """The oldest shard that waits for its verdict."""
+        with self._database.transaction() as session:
+            oldest = select(Shard).where(Shard.verdict == "pending").order_by(Shard.received_at, Shard.id).limit(1)
+            shard = session.scalars(oldest).one_or_none()
+            return None if shard is None else _record(session, shard)
+
+    def accepted_shards(self) -> list[ShardRecord]:
+        """The accepted shards, in the order of their acceptance."""
+        with self._database.transaction() as session:
+            accepted = select(Shard).where(Shard.verdict == "accepted").order_by(Shard.decided_at, Shard.id)
+            return [_record(session, shard) for shard in session.scalars(accepted)]
+
+    def record_evaluation(self, experts: int, row: dict[str, Any], *, final: bool = False) -> None:
+        """Keep an evaluation of the assembled model with so many experts; a second one replaces the first."""
+        with self._database.transaction() as session:
+            same = select(Evaluation).where(Evaluation.experts == experts, Evaluation.final.is_(final))
+            held = session.scalars(same).one_or_none()
+            if held is None:
+                session.add(Evaluation(experts=experts, final=final, row=row, evaluated_at=self._clock()))
+            else:
+                held.row, held.evaluated_at = row, self._clock()
+
+    def evaluated(self, experts: int, *, final: bool = False) -> bool:
+        """Whether the assembled model with so many experts has been evaluated."""
+        with self._database.transaction() as session:
+            same = select(Evaluation.id).where(Evaluation.experts == experts, Evaluation.final.is_(final))
+            return session.scalar(same) is not None
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations by number of experts, each with `experts` and `final` in it."""
+        with self._database.transaction() as session:
+            rows = session.scalars(select(Evaluation).order_by(Evaluation.experts, Evaluation.final))
+            return [{**row.row, "experts": row.experts, "final": row.final} for row in rows]
+
+    def partitions(self) -> list[PartitionRecord]:
+        """Every partition with who works or worked on it."""
+        with self._database.transaction() as session:
+            return [_view(session, row) for row in session.scalars(select(Partition).order_by(Partition.id)).all()]
+
+    def nodes(self) -> list[NodeRecord]:
+        """Every node with how many of its shards were accepted and rejected."""
+        with self._database.transaction() as session:
+            accepted = dict(session.execute(select(Shard.node_id, func.count()).where(Shard.verdict == "accepted")
+                                            .group_by(Shard.node_id)).tuples().all())  # fmt: skip
+            rejected = dict(session.execute(select(Lease.node_id, func.count()).where(Lease.ended == "rejected")
+                                            .group_by(Lease.node_id)).tuples().all())  # fmt: skip
+            return [_node(node, accepted.get(node.id, 0), rejected.get(node.id, 0))
+                    for node in session.scalars(select(Node).order_by(Node.joined_at, Node.id))]  # fmt: skip
+
+
+def _node(node: Node, accepted: int = 0, rejected: int = 0) -> NodeRecord:
+    return NodeRecord(id=node.id, name=node.name, public_key=node.public_key, machine=node.machine,
+                      seen_at=node.seen_at, accepted=accepted, rejected=rejected)  # fmt: skip
+
+
+def _record(session: Session, shard: Shard) -> ShardRecord:
+    node = session.get_one(Node, shard.node_id)
+    return ShardRecord(
+        id=shard.id, partition=shard.partition, sha256=shard.sha256, size=shard.size, node_id=node.id,
+        node_name=node.name, attempts=shard.attempts, manifest=shard.manifest, signature=shard.signature,
+        public_key=node.public_key, loss=shard.loss, shared_loss=shard.shared_loss)  # fmt: skip
+
+
+def _view(session: Session, row: Partition) -> PartitionRecord:
+    shard = session.scalars(select(Shard).where(Shard.slot == row.id)).one_or_none()
+    lease = session.scalars(select(Lease).where(Lease.active_partition == row.id)).one_or_none()
+    node_id = shard.node_id if shard is not None else lease.node_id if lease is not None else None
+    state: PartitionState = row.state  # type: ignore[assignment]
+    return PartitionRecord(
+        id=row.id, state=state, tokens=row.tokens, shared_loss=row.shared_loss,
+        loss=None if shard is None else shard.loss, last_rejection=tuple(row.last_rejection),
+        node_name="" if node_id is None else session.get_one(Node, node_id).name,
+        progress={} if lease is None else lease.progress)  # fmt: skip

@@ -1,0 +1,96 @@
+"""Plain values that leave the state: what a caller may keep after the transaction has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["pending", "accepted", "rejected"]
+PartitionState = Literal["open", "leased", "uploaded", "accepted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRecord:
+    """A machine that joined."""
+
+    id: str
+    name: str
+    public_key: bytes
+    machine: dict[str, Any]
+    seen_at: float
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRecord:
+    """A node's claim on a partition; `ended` is None while it is active."""
+
+    id: str
+    partition: int
+    node_id: str
+    expires_at: float
+    ended: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """The verdict on a shard, and why."""
+
+    sha256: str
+    partition: int
+    verdict: Verdict
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """A committed shard with who made it."""
+
+    id: int
+    partition: int
+    sha256: str
+    size: int
+    node_id: str
+    node_name: str
+    attempts: int
+    manifest: bytes
+    signature: bytes
+    public_key: bytes
+    loss: float | None = None
+    shared_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionRecord:
+    """A partition as a status page shows it."""
+
+    id: int
+    state: PartitionState
+    tokens: int
+    shared_loss: float | None
+    loss: float | None
+    node_name: str
+    progress: dict[str, Any] = field(default_factory=dict)
+    last_rejection: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many partitions are in which state, and when the next lease would expire (seconds from now)."""
+
+    open: int = 0
+    leased: int = 0
+    uploaded: int = 0
+    accepted: int = 0
+    next_expiry: float | None = None
+
+    @property
+    def total(self) -> int:
+        """All partitions."""
+        return self.open + self.leased + self.uploaded + self.accepted
+
+    @property
+    def complete(self) -> bool:
+        """Whether every partition is accepted."""
+        return self.total > 0 and self.accepted == self.total

@@ -1,0 +1,309 @@
+"""What the coordinator knows, and the state machine of a partition: the one place where its transitions happen.
+
+States: `open`, `leased`, `uploaded` (a shard waits for its verdict), `accepted` (final). Each rule is one transaction;
+asking twice gives the same answer.
+
+    G  grant    open     -> leased     to a node without an active lease; a node with one gets that one again, renewed
+    H  renew    leased   -> leased     a heartbeat moves the expiry
+    V  revive   open     -> leased     a heartbeat of an expired lease whose partition nobody took
+    E  expire   leased   -> open       no heartbeat until the expiry; applied before every rule that looks at leases
+    R  release  leased   -> open       the node gives the lease back
+    C  commit   leased   -> uploaded   a complete, signed shard of the node that holds or held a lease
+                open     -> uploaded   the same, late: the lease had expired or was released
+    A  accept   uploaded -> accepted   the shard was judged good; other leases on the partition end (superseded)
+    J  reject   uploaded -> open       the shard was judged bad, with reasons
+                uploaded -> leased     the same, while another node holds an active lease on the partition
+
+A late shard (C from a lease that another node has meanwhile) is welcome unless a shard of the partition is pending or
+accepted; the other lease stays active until A. A shard handed in while another one is pending is answered `pending`
+without a transition, so that its node asks again and learns what became of the other one. A node whose shards of one
+partition were judged bad `MAX_REJECTIONS` times is not given that partition again. Unique constraints
+(coordinator/tables.py) hold the database to it: one active lease a node, one a partition, one pending or accepted shard
+a partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+import time
+from typing import Any, Literal
+import uuid
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator.ledger import Ledger
+from coordinator.records import Counts, LeaseRecord, Receipt, Verdict
+from coordinator.tables import Lease, Partition, Shard
+from forge.errors import ProtocolError
+
+#: Rejections of one node's shards of one partition after which another node must train it: training is deterministic,
+#: so a third copy of the same shard would tell nothing new.
+MAX_REJECTIONS = 3
+
+ELSEWHERE = "another node's shard of this partition was accepted first"
+IN_FRONT = "another shard of this partition is being validated first"
+
+Order = Literal["continue", "finish", "abandon"]
+
+
+class State(Ledger):
+    """The coordinator's memory. Every method is one transaction and may be called from any thread.
+
+    Args:
+        location: SQLite file or SQLAlchemy URL.
+        lease_seconds: how long a lease lives without a heartbeat.
+        clock: seconds since the epoch.
+
+    Raises:
+        StorageError: from every method, when the database cannot be used.
+    """
+
+    def __init__(self, location: Path | str, *, lease_seconds: float, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(location, clock)
+        self._lease_seconds = lease_seconds
+        #: Set to hand out no more leases and to ask nodes to stop at their next checkpoint.
+        self.draining = False
+
+    # --- partitions and leases --------------------------------------------------------------------------------------
+
+    def open_partitions(self, facts: Iterable[dict[str, Any]]) -> None:
+        """Create the partitions of a published run that are not there yet.
+
+        Args:
+            facts: dicts with `partition`, `tokens` and, where it was measured, `shared_loss`.
+        """
+        with self._database.transaction() as session:
+            for fact in facts:
+                if session.get(Partition, fact["partition"]) is None:
+                    session.add(Partition(id=fact["partition"], state="open", tokens=fact["tokens"],
+                                          shared_loss=fact.get("shared_loss"), last_rejection=[]))  # fmt: skip
+
+    # --- leases -----------------------------------------------------------------------------------------------------
+
+    def grant(self, node_id: str, preferred: Sequence[int] = ()) -> LeaseRecord | None:
+        """Rule G. None when nothing is open for this node.
+
+        Preferred partitions come first, then those that this node has had no shard rejected of, then by number.
+        """
+        now = self._clock()
+        with self._database.transaction() as session:
+            self._expire(session, now)
+            lease = session.scalars(select(Lease).where(Lease.active_node == node_id)).one_or_none()
+            if lease is None:
+                if self.draining:
+                    return None
+                partition = self._choose(session, node_id, preferred)
+                if partition is None:
+                    return None
+                partition.state = "leased"
+                lease = Lease(id=uuid.uuid4().hex, partition=partition.id, node_id=node_id, granted_at=now, ended=None,
+                              active_node=node_id, active_partition=partition.id, progress={})  # fmt: skip
+                session.add(lease)
+            lease.expires_at = now + self._lease_seconds
+            return _lease(lease)
+
+    def lease(self, lease_id: str, node_id: str) -> LeaseRecord:
+        """The lease of that id.
+
+        Raises:
+            ProtocolError: there is none, or it is another node's.
+        """
+        with self._database.transaction() as session:
+            return _lease(_own(session, lease_id, node_id))
+
+    def heartbeat(self, lease_id: str, node_id: str, progress: dict[str, Any]) -> tuple[Order, str]:
+        """Rules H and V: keep a lease and note its progress; what the node should do, and why."""
+        now = self._clock()
+        with self._database.transaction() as session:
+            self._expire(session, now)
+            lease = session.get(Lease, lease_id)
+            if lease is None or lease.node_id != node_id:
+                return "abandon", "this run has no such lease"
+            if lease.ended == "expired":
+                self._revive(session, lease)
+            if lease.ended == "committed" and _partition(session, lease.partition).state == "uploaded":
+                return "continue", "the shard waits for its verdict"
+            if lease.ended is not None:
+                return "abandon", _why_ended(session, lease)
+            lease.expires_at = now + self._lease_seconds
+            lease.progress = progress
+            return ("finish", "the coordinator is draining") if self.draining else ("continue", "")
+
+    def release(self, lease_id: str, node_id: str) -> None:
+        """Rule R."""
+        with self._database.transaction() as session:
+            lease = session.get(Lease, lease_id)
+            if lease is not None and lease.node_id == node_id and lease.ended is None:
+                _end(session, lease, "released")
+
+    def extend_leases(self) -> None:
+        """Renew every active lease: for the time in which no coordinator was there to hear heartbeats."""
+        with self._database.transaction() as session:
+            for lease in session.scalars(select(Lease).where(Lease.ended.is_(None))):
+                lease.expires_at = max(lease.expires_at, self._clock() + self._lease_seconds)
+
+    # --- shards -----------------------------------------------------------------------------------------------------
+
+    def receipt(self, lease_id: str, node_id: str, sha256: str) -> Receipt | None:
+        """What is known of a shard: its verdict, or that another one was accepted; None when it may be handed in."""
+        with self._database.transaction() as session:
+            return self._receipt(session, _own(session, lease_id, node_id), sha256)
+
+    def submit(self, lease_id: str, node_id: str, *, sha256: str, size: int, manifest: bytes,
+               signature: bytes) -> Receipt:  # fmt: skip
+        """Rule C: hand in a complete shard whose signature was checked.
+
+        Raises:
+            ProtocolError: the lease is unknown or another node's.
+        """
+        with self._database.transaction() as session:
+            lease = _own(session, lease_id, node_id)
+            known = self._receipt(session, lease, sha256)
+            if known is not None:
+                return known
+            if session.scalar(select(Shard.id).where(Shard.slot == lease.partition)) is not None:
+                _end(session, lease, "committed")
+                return Receipt(sha256=sha256, partition=lease.partition, verdict="pending", reasons=(IN_FRONT,))
+            shard = _shard(session, lease.partition, sha256)
+            if shard is None:
+                shard = Shard(partition=lease.partition, sha256=sha256)
+                session.add(shard)
+            shard.slot, shard.size, shard.lease_id, shard.node_id = lease.partition, size, lease_id, node_id
+            shard.manifest, shard.signature, shard.verdict, shard.judged = manifest, signature, "pending", False
+            shard.reasons, shard.attempts, shard.received_at = [], 0, self._clock()
+            _partition(session, lease.partition).state = "uploaded"
+            _end(session, lease, "committed")
+            return _receipt(shard)
+
+    def count_attempt(self, shard_id: int) -> int:
+        """Note that validation of a shard ended without a verdict; how often that has happened."""
+        with self._database.transaction() as session:
+            shard = session.get_one(Shard, shard_id)
+            shard.attempts += 1
+            return shard.attempts
+
+    def accept(self, shard_id: int, *, loss: float | None, shared_loss: float | None) -> bool:
+        """Rule A. Whether the shard is accepted now: False when it had been rejected before."""
+        with self._database.transaction() as session:
+            shard = session.get_one(Shard, shard_id)
+            if shard.verdict != "pending":
+                return shard.verdict == "accepted"
+            shard.verdict, shard.judged, shard.decided_at = "accepted", True, self._clock()
+            shard.loss, shard.shared_loss = loss, shared_loss
+            others = select(Lease).where(Lease.active_partition == shard.partition)
+            for lease in session.scalars(others).all():
+                _end(session, lease, "superseded")
+            _partition(session, shard.partition).state = "accepted"
+            return True
+
+    def reject(self, shard_id: int, reasons: Sequence[str], *, judged: bool = True) -> None:
+        """Rule J. With `judged=False` the same shard may be handed in again: the fault was the coordinator's."""
+        with self._database.transaction() as session:
+            shard = session.get_one(Shard, shard_id)
+            if shard.verdict != "pending":
+                return
+            shard.verdict, shard.judged, shard.decided_at = "rejected", judged, self._clock()
+            shard.slot, shard.reasons = None, list(reasons)
+            partition = _partition(session, shard.partition)
+            partition.last_rejection = list(reasons)
+            active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
+            partition.state = "open" if active is None else "leased"
+            _end(session, session.get_one(Lease, shard.lease_id), "rejected" if judged else "undecided")
+
+    def counts(self) -> Counts:
+        """How many partitions are in which state."""
+        now = self._clock()
+        with self._database.transaction() as session:
+            self._expire(session, now)
+            held = {state: n for state, n in session.execute(
+                select(Partition.state, func.count()).group_by(Partition.state)).all()}  # fmt: skip
+            expiry = session.scalar(select(func.min(Lease.expires_at)).where(Lease.ended.is_(None)))
+            return Counts(**held, next_expiry=None if expiry is None else max(0.0, expiry - now))
+
+    # --- steps of the rules -----------------------------------------------------------------------------------------
+
+    def _expire(self, session: Session, now: float) -> None:
+        """Rule E."""
+        overdue = select(Lease).where(Lease.ended.is_(None), Lease.expires_at < now)
+        for lease in session.scalars(overdue).all():
+            _end(session, lease, "expired")
+
+    def _revive(self, session: Session, lease: Lease) -> None:
+        """Rule V, where it applies."""
+        partition = _partition(session, lease.partition)
+        busy = session.scalar(select(Lease.id).where(Lease.active_node == lease.node_id))
+        if partition.state == "open" and busy is None:
+            partition.state, lease.ended = "leased", None
+            lease.active_node, lease.active_partition = lease.node_id, lease.partition
+
+    def _choose(self, session: Session, node_id: str, preferred: Sequence[int]) -> Partition | None:
+        rejections = dict(session.execute(
+            select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
+            .group_by(Lease.partition)).tuples().all())  # fmt: skip
+        free = session.scalars(select(Partition).where(Partition.state == "open"))
+        allowed = [partition for partition in free if rejections.get(partition.id, 0) < MAX_REJECTIONS]
+        return min(allowed, default=None, key=lambda partition: (
+            partition.id not in preferred, rejections.get(partition.id, 0), partition.id))  # fmt: skip
+
+    def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
+        shard = _shard(session, lease.partition, sha256)
+        if shard is not None and (shard.verdict != "rejected" or shard.judged):
+            # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
+            _end(session, lease, "rejected" if shard.verdict == "rejected" else "committed")
+            return _receipt(shard)
+        if _partition(session, lease.partition).state == "accepted":
+            return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
+        return None
+
+
+def _own(session: Session, lease_id: str, node_id: str) -> Lease:
+    lease = session.get(Lease, lease_id)
+    if lease is None or lease.node_id != node_id:
+        raise ProtocolError("This run has no such lease of this node: ask for a new one.")
+    return lease
+
+
+def _end(session: Session, lease: Lease, how: str) -> None:
+    """End a lease; its partition is open again if the lease was what held it. Ended leases keep their first end,
+    except that what happened to the shard is the stronger word.
+    """
+    if lease.active_partition is not None:
+        partition = _partition(session, lease.partition)
+        if partition.state == "leased":
+            partition.state = "open"
+    elif how not in ("committed", "rejected", "undecided"):
+        return
+    lease.ended, lease.active_node, lease.active_partition = how, None, None
+
+
+def _why_ended(session: Session, lease: Lease) -> str:
+    if lease.ended in ("rejected", "undecided"):
+        return "its shard was rejected: " + "; ".join(_partition(session, lease.partition).last_rejection)
+    if lease.ended == "committed":
+        return "its shard has its verdict"
+    if lease.ended == "released":
+        return "the lease was given back"
+    if _partition(session, lease.partition).state == "accepted":
+        return ELSEWHERE
+    return "the lease expired and its partition was given to another node"
+
+
+def _partition(session: Session, partition: int) -> Partition:
+    return session.get_one(Partition, partition)
+
+
+def _shard(session: Session, partition: int, sha256: str) -> Shard | None:
+    same = select(Shard).where(Shard.partition == partition, Shard.sha256 == sha256)
+    return session.scalars(same).one_or_none()
+
+
+def _lease(lease: Lease) -> LeaseRecord:
+    return LeaseRecord(id=lease.id, partition=lease.partition, node_id=lease.node_id, expires_at=lease.expires_at,
+                       ended=lease.ended)  # fmt: skip
+
+
+def _receipt(shard: Shard) -> Receipt:
+    verdict: Verdict = shard.verdict  # type: ignore[assignment]
+    return Receipt(sha256=shard.sha256, partition=shard.partition, verdict=verdict, reasons=tuple(shard.reasons))

@@ -1,0 +1,111 @@
+"""The tables of the coordinator's database: SQLite by default, any SQLAlchemy URL possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, LargeBinary, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+#: Version of these tables; a database of another version is refused.
+SCHEMA_VERSION = 1
+
+
+class Base(DeclarativeBase):
+    """Base of every table."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}
+
+
+class SchemaVersion(Base):
+    """One row: which version of the tables this database holds."""
+
+    __tablename__ = "schema_version"
+
+    version: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Node(Base):
+    """A machine that joined, known by its public key."""
+
+    __tablename__ = "nodes"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    public_key: Mapped[bytes] = mapped_column(LargeBinary(32))
+    name: Mapped[str] = mapped_column(String(64))
+    machine: Mapped[dict[str, Any]]
+    joined_at: Mapped[float]
+    seen_at: Mapped[float]
+
+
+class Partition(Base):
+    """One unit of work. `state` changes in `coordinator.state` only."""
+
+    __tablename__ = "partitions"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    state: Mapped[str] = mapped_column(String(16), default="open")
+    tokens: Mapped[int]
+    shared_loss: Mapped[float | None]
+    last_rejection: Mapped[list[str]]
+
+
+class Lease(Base):
+    """A node's claim on a partition. While it is active, `active_node` and `active_partition` repeat its node and
+    partition: their unique constraints are what allows one active lease a node and one a partition.
+    """
+
+    __tablename__ = "leases"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    partition: Mapped[int] = mapped_column(ForeignKey("partitions.id"), index=True)
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), index=True)
+    granted_at: Mapped[float]
+    expires_at: Mapped[float]
+    ended: Mapped[str | None] = mapped_column(String(16))
+    """None while active, else expired, released, committed, rejected, undecided or superseded."""
+    active_node: Mapped[str | None] = mapped_column(String(16), unique=True)
+    active_partition: Mapped[int | None] = mapped_column(unique=True)
+    progress: Mapped[dict[str, Any]]
+
+
+class Shard(Base):
+    """A committed shard and its verdict. While it is pending or accepted, `slot` is its partition: the unique
+    constraint is what allows one such shard a partition, and so what makes acceptance happen once.
+    """
+
+    __tablename__ = "shards"
+    __table_args__ = (UniqueConstraint("partition", "sha256"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    partition: Mapped[int] = mapped_column(ForeignKey("partitions.id"))
+    slot: Mapped[int | None] = mapped_column(unique=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int]
+    lease_id: Mapped[str] = mapped_column(ForeignKey("leases.id"))
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"))
+    manifest: Mapped[bytes] = mapped_column(LargeBinary)
+    signature: Mapped[bytes] = mapped_column(LargeBinary)
+    verdict: Mapped[str] = mapped_column(String(16))
+    """pending, accepted or rejected."""
+    judged: Mapped[bool]
+    """Whether the verdict is about the shard; False when it could not be validated and may be handed in again."""
+    reasons: Mapped[list[str]]
+    attempts: Mapped[int]
+    loss: Mapped[float | None]
+    shared_loss: Mapped[float | None]
+    received_at: Mapped[float]
+    decided_at: Mapped[float | None]
+
+
+class Evaluation(Base):
+    """How good the assembled model was after so many experts."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (UniqueConstraint("experts", "final"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    experts: Mapped[int]
+    final: Mapped[bool]
+    row: Mapped[dict[str, Any]]
+    evaluated_at: Mapped[float]
