@@ -91,6 +91,8 @@ def retrying(patience: Patience, limit: float | None, before_pause: Callable[[Re
              sleep: Callable[[float], None]) -> Retrying:  # fmt: skip
     """Try until it works, `limit` seconds have passed, or the error is not a transient one."""
     first, longest = patience.backoff
+    if limit is not None:
+        longest = min(longest, limit / 5)  # several tries within the limit, and not far beyond it
     return Retrying(
         retry=retry_if_exception(is_transient),
         wait=wait_exponential(multiplier=first, max=longest) + wait_random(0, first),

@@ -23,7 +23,10 @@ CONFIG = parse_config({
               "max_seq_len": 16},
     "train": {"batch_size": 2, "shared": {"tokens": 1000}, "expert": {"tokens": 1000}},
 })  # fmt: skip
-PENDING, ACCEPTED, REJECTED = 1, 2, 3
+PENDING, ACCEPTED, REJECTED = (
+    pb.Receipt.VERDICT_PENDING, pb.Receipt.VERDICT_ACCEPTED, pb.Receipt.VERDICT_REJECTED)  # fmt: skip
+CONTINUE, FINISH = pb.HeartbeatResponse.ORDER_CONTINUE, pb.HeartbeatResponse.ORDER_FINISH
+ABANDON = pb.HeartbeatResponse.ORDER_ABANDON
 
 
 class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
@@ -43,7 +46,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.manifests: list[dict[str, Any]] = []
         self.verdicts = [ACCEPTED]  # one a shard; the last goes on for ever
         self.pending_answers = 0  # commits answered with "pending" before the verdict
-        self.order = pb.HeartbeatResponse.ORDER_CONTINUE
+        self.order = CONTINUE
         self.steps: list[int] = []
         self.preferred: list[list[int]] = []
         self.released: list[str] = []

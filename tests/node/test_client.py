@@ -15,7 +15,7 @@ from node.identity import Identity
 from node.machine import MachineProfile
 from node.messages import Assignment, Done, Order, Progress, Verdict, Wait
 
-from .fakes import REJECTED, FakeCoordinator
+from .fakes import ABANDON, REJECTED, FakeCoordinator
 
 Connect = Callable[..., FleetClient]
 MIB = 1 << 20
@@ -131,7 +131,7 @@ def test_a_lost_commit_reply_costs_a_repeat_and_nothing_else(
 def test_heartbeats_carry_progress_and_bring_orders(client: FleetClient, coordinator: FakeCoordinator) -> None:
     assert client.heartbeat("lease-0", Progress(activity="training", step=7, steps=9))[0] is Order.CONTINUE
     assert coordinator.steps == [7]
-    coordinator.order = 3
+    coordinator.order = ABANDON
     assert client.heartbeat("lease-0", Progress(activity="training")) == (Order.ABANDON, "the test says so")
 
 

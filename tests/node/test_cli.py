@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+from pathlib import Path
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from forge.errors import ConfigError
+from node.cli import default_data_dir, parse_address
+
+from .fakes import FakeCoordinator
+
+Process = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    """Start a process whose data directory is of its own, and end it with the test."""
+    running: list[Process] = []
+
+    def make(*command: str) -> Process:
+        environment = dict(os.environ, FORGE_DATA_DIR=str(tmp_path / "node"), PYTHONUNBUFFERED="1")
+        running.append(subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True, env=environment))  # fmt: skip
+        return running[-1]
+
+    yield make
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def _join(start: object, *arguments: str) -> tuple[int, str, str]:
+    process: Process = start("-m", "node.cli", "join", *arguments)  # type: ignore[operator]
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def _agent(start: object, coordinator: FakeCoordinator, data_dir: Path, *hold_at: str) -> Process:
+    script = str(Path(__file__).with_name("agent_process.py"))
+    process: Process = start(script, coordinator.address, str(data_dir), *hold_at)  # type: ignore[operator]
+    return process
+
+
+def test_coordinator_down(start: object) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        code, out, err = _join(start, f"127.0.0.1:{taken.getsockname()[1]}", "--ram", "1G")
+    assert code == 7
+    assert err.startswith("error: No coordinator answers at 127.0.0.1:") and err.count("\n") == 1
+    assert "trying again in" in out
+
+
+def test_coordinator_of_another_version(start: object, coordinator: FakeCoordinator) -> None:
+    coordinator.protocol_version = 99
+    code, _, err = _join(start, coordinator.address, "--ram", "1G")
+    assert code == 8 and err.startswith("error: ") and "version 99" in err
+
+
+def test_too_little_memory(start: object, coordinator: FakeCoordinator) -> None:
+    code, _, err = _join(start, coordinator.address, "--ram", "64M")
+    assert code == 5 and err.startswith("error: ") and "--ram" in err
+    assert coordinator.calls == ["Join"]
+
+
+@pytest.mark.parametrize("arguments", [["not an address"], ["--ram", "much"]])
+def test_wrong_options(start: object, arguments: list[str]) -> None:
+    code, _, err = _join(start, *arguments)
+    assert code == 3 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_kill_9_in_training_and_the_same_command_again(start: object, coordinator: FakeCoordinator,
+                                                       tmp_path: Path) -> None:  # fmt: skip
+    first = _agent(start, coordinator, tmp_path / "node", "3")
+    coordinator.wait_for_step(3)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    second = _agent(start, coordinator, tmp_path / "node")
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    assert "Going on with partition 0 from its checkpoint." in out
+    assert coordinator.preferred[1] == [0] and list(coordinator.lease_holder) == ["lease-0"]
+    (shard,) = coordinator.uploads.values()
+    assert b"from step 3" in shard[:30]
+
+
+def test_ctrl_c_stops_at_a_checkpoint_and_gives_the_lease_back(start: object, coordinator: FakeCoordinator,
+                                                               tmp_path: Path) -> None:  # fmt: skip
+    agent = _agent(start, coordinator, tmp_path / "node", "2")
+    coordinator.wait_for_step(2)
+    agent.send_signal(signal.SIGINT)
+    out, err = agent.communicate(timeout=60)
+    assert agent.returncode == 130, err
+    assert "Stopping at the next checkpoint" in out and "Checkpoints are kept" in out
+    assert coordinator.released == ["stopped by its owner"] and err == ""
+
+
+def test_help_is_quick_and_the_agent_never_imports_torch() -> None:
+    before = time.monotonic()
+    subprocess.run([sys.executable, "-m", "node.cli", "--help"], check=True, capture_output=True)
+    # Under 0.1 s alone; the margin is for a machine that runs other tests beside this one.
+    assert time.monotonic() - before < 2.0
+    code = "import node.cli, node.agent, node.worker, forge.jobs, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"False"
+    code = "import node.cli, sys; print([m for m in ('grpc', 'pydantic', 'rich', 'yaml') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("here", "here:7433"), ("here:1", "here:1"), ("10.0.0.1:80", "10.0.0.1:80"), ("[::1]", "[::1]:7433"),
+    ("[::1]:5", "[::1]:5"),
+])  # fmt: skip
+def test_addresses(text: str, expected: str) -> None:
+    assert parse_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "here:", "here:0", "here:70000", "http://here:1", "::1", "a b", "here:x"])
+def test_wrong_addresses(text: str) -> None:
+    with pytest.raises(ConfigError, match="HOST or HOST:PORT"):
+        parse_address(text)
+
+
+def test_data_directory() -> None:
+    assert default_data_dir({"FORGE_DATA_DIR": "/a", "XDG_DATA_HOME": "/b"}) == Path("/a")
+    assert default_data_dir({"XDG_DATA_HOME": "/b"}) == Path("/b/modularforge")
+    assert default_data_dir({"XDG_DATA_HOME": "relative"}) == Path.home() / ".local/share/modularforge"
+    assert default_data_dir({}) == Path.home() / ".local/share/modularforge"
