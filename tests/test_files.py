@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from forge.config import load_config
+from forge.errors import RunMismatchError, StorageError, storage_errors
+from forge.files import BlobStore, RunDirectory, atomic_file, hash_file, link_or_copy, read_json, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(KeyError), atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is full: free some space"), storage_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_device_that_is_really_full() -> None:
+    with pytest.raises(StorageError, match="is full"), storage_errors("/dev/full"), open("/dev/full", "wb") as file:
+        file.write(b"x" * 100_000)
+
+
+def test_linking_replaces_and_repeats(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    link_or_copy(source, target)
+    link_or_copy(source, target)
+    assert target.read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_blobs_are_named_by_their_hash(tmp_path: Path) -> None:
+    file = tmp_path / "made"
+    file.write_bytes(b"content")
+    store = BlobStore(tmp_path / "blobs")
+    sha256 = store.adopt(file)
+    assert sha256 == hashlib.sha256(b"content").hexdigest() == hash_file(store.path(sha256))
+    assert store.has(sha256) and not file.exists()
+    for name in ("../run.yaml", "a" * 63, "A" * 64):
+        with pytest.raises(StorageError, match="is not the sha256 of a blob"):
+            store.path(name)
+
+
+def test_a_run_directory_goes_on_with_its_own_config_only(tmp_path: Path) -> None:
+    config = load_config("smoke")
+    run = RunDirectory.open(tmp_path / "run", config)
+    run_id = run.run_id
+    run.finish("prepare", {"documents": 3})
+    (run.work / "half.tmp").write_bytes(b"left by a kill")
+    again = RunDirectory.open(tmp_path / "run", config)
+    assert again.run_id == run_id and again.marker("prepare") == {"documents": 3}
+    assert not (run.work / "half.tmp").exists()
+    with pytest.raises(RunMismatchError, match="holds the run 'smoke' with another config"):
+        RunDirectory.open(tmp_path / "run", load_config("smoke", ["seed=9"]))
+
+
+def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="Cannot use"):
+        RunDirectory.open(tmp_path / "file" / "run", load_config("smoke"))

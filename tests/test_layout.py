@@ -1,0 +1,64 @@
+"""Who may import whom, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEVER_IN_FORGE = {"grpc", "sqlalchemy", "starlette", "uvicorn", "http.server", "coordinator", "node", "modularforge"}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module:
+            found.add(statement.module)
+    return found
+
+
+def _offences(package: str, forbidden: set[str]) -> list[str]:
+    return [f"{path.relative_to(ROOT)} imports {name}" for path in sorted((ROOT / package).rglob("*.py"))
+            for name in sorted(_imports(path)) if any(name == f or name.startswith(f + ".") for f in forbidden)]  # fmt: skip
+
+
+def test_forge_knows_no_transport_no_database_and_no_fleet() -> None:
+    assert _offences("forge", NEVER_IN_FORGE) == []
+
+
+def test_coordinator_and_node_never_import_each_other() -> None:
+    assert _offences("coordinator", {"node"}) + _offences("node", {"coordinator"}) == []
+
+
+@pytest.mark.parametrize(("package", "gateway"), [("coordinator", "servicer.py"), ("node", "client.py")])
+def test_one_file_touches_the_messages_of_the_wire(package: str, gateway: str) -> None:
+    touching = {path.name for path in (ROOT / package).rglob("*.py")
+                if any(name.startswith("modularforge") for name in _imports(path))}  # fmt: skip
+    assert gateway in touching
+    assert touching <= {gateway, "serve.py", "cli.py", "connection.py", "admin.py"}
+
+
+@pytest.mark.parametrize("module", ["forge.config", "forge.files", "forge.jobs", "forge.train.memory", "forge.cli",
+                                    "forge.checkpoint.assembly", "coordinator.cli", "coordinator.serve", "node.cli",
+                                    "node.agent"])  # fmt: skip
+def test_the_light_processes_never_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_four_packages_and_nothing_else(tmp_path: Path) -> None:
+    import zipfile
+
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"forge", "coordinator", "node", "modularforge"}
+    assert {"forge/configs/smoke.yaml", "forge/configs/default.yaml", "forge/configs/billion.yaml"} <= set(names)
+    assert "modularforge/v1/fleet.proto" in names

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forge.train.loss import CHUNK_POSITIONS, IGNORE_INDEX, chunked_cross_entropy
+
+
+def _case(positions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(positions)
+    hidden = torch.randn(positions, 24, generator=generator, dtype=torch.float64)
+    head = torch.randn(97, 24, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 97, (positions,), generator=generator)
+    targets[::7] = IGNORE_INDEX
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("positions", [1, 9, CHUNK_POSITIONS, CHUNK_POSITIONS + 3])
+def test_loss_and_both_gradients_equal_the_full_logits(positions: int) -> None:
+    hidden, head, targets = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _case(positions))
+    targets[0] = 3
+    gradients = []
+    for function in (lambda h, w: F.cross_entropy(h @ w.T, targets), lambda h, w: chunked_cross_entropy(h, w, targets)):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = function(h, w)
+        (3 * loss).backward()
+        gradients.append((loss.detach(), h.grad, w.grad))
+    for ours, reference in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
+
+
+def test_equals_the_librarys_fused_function() -> None:
+    hidden, head, targets = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _case(600))
+    expected = F.linear_cross_entropy(hidden, head, targets, ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(chunked_cross_entropy(hidden, head, targets), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, head, targets = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _case(40))
+    hidden.requires_grad_()
+    chunked_cross_entropy(hidden, head, targets).backward()
+    assert head.grad is None
+    assert hidden.grad is not None and hidden.grad[1].abs().sum() > 0
+    assert hidden.grad[0].abs().sum() == 0, "an ignored position must not learn"
+
+
+def test_all_targets_ignored_is_zero() -> None:
+    loss = chunked_cross_entropy(torch.ones(4, 8), torch.ones(5, 8), torch.full((4,), IGNORE_INDEX))
+    assert loss.item() == 0.0
