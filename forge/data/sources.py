@@ -43,11 +43,9 @@ class Document(NamedTuple):
     """Its text, without lone surrogates, so that it has a UTF-8 form."""
     label: str | None
     """Value of `data.label_field`, if that is set and the row has one."""
-    digest: int
-    """64 bits of blake2b of the text: what duplicates are known by and the split is decided by."""
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
+def documents(config: DataConfig) -> Iterator[Document]:
     """Yield the distinct, non-blank documents of a source in a fixed order, up to `max_bytes` of UTF-8 text.
 
     The last document is cut at a character border where `max_bytes` is reached. Memory is one document and about 16
@@ -68,16 +66,14 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
             text = data.decode("utf-8")
         if left is not None:
             left -= len(data)
-        if text.strip():
-            digest = text_digest(text)
-            if seen.add(digest):
-                yield Document(text, label, digest)
+        if text.strip() and seen.add(text_digest(text)):
+            yield Document(text, label)
         if left == 0:
             return
 
 
 def text_digest(text: str) -> int:
-    """64 bits of blake2b of a text's UTF-8 form."""
+    """64 bits of blake2b of a text's UTF-8 form: what duplicates are known by and the split is decided by."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

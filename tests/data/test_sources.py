@@ -16,7 +16,7 @@ import pytest
 from forge.config import DataConfig
 from forge.data.hub import HubSource, select_files
 from forge.data.readers import MAX_DOCUMENT_BYTES
-from forge.data.sources import _HashSet, read_documents, read_stdlib, split_articles, text_digest
+from forge.data.sources import _HashSet, documents, read_stdlib, split_articles, text_digest
 from forge.errors import DataError, HubError
 
 WIKITEXT_LINES = [
@@ -45,7 +45,7 @@ def parquet(rows: dict[str, list[Any]]) -> bytes:
 
 
 def texts(source: object, **options: Any) -> list[str]:
-    return [document.text for document in read_documents(DataConfig(source=str(source), **options))]
+    return [document.text for document in documents(DataConfig(source=str(source), **options))]
 
 
 def write_rows(directory: Path, name: str, rows: list[dict[str, Any]]) -> Path:
@@ -63,8 +63,8 @@ def test_rows_with_text_and_label(tmp_path: Path, name: str) -> None:
     rows = [{"body": f"text {i} ü", "kind": "ab"[i % 2], "n": i} for i in range(600)]
     path = write_rows(tmp_path, name, rows)
     config = DataConfig(source=str(path), text_field="body", label_field="kind")
-    assert [(d.text, d.label) for d in read_documents(config)] == [(r["body"], r["kind"]) for r in rows]
-    assert [d.label for d in read_documents(DataConfig(source=str(path), text_field="body"))][:2] == [None, None]
+    assert [(d.text, d.label) for d in documents(config)] == [(r["body"], r["kind"]) for r in rows]
+    assert [d.label for d in documents(DataConfig(source=str(path), text_field="body"))][:2] == [None, None]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -184,10 +184,10 @@ def test_splitting_articles_loses_nothing_but_blank_starts(lines: list[str]) -> 
 
 
 def test_the_standard_library() -> None:
-    documents = list(read_documents(DataConfig(source="python-stdlib", max_bytes=3_000_000)))
-    assert documents == list(read_documents(DataConfig(source="python-stdlib", max_bytes=3_000_000)))
-    assert len({document.digest for document in documents}) == len(documents) > 50
-    assert sum(len(document.text.encode()) for document in documents) <= 3_000_000
+    read = list(documents(DataConfig(source="python-stdlib", max_bytes=3_000_000)))
+    assert read == list(documents(DataConfig(source="python-stdlib", max_bytes=3_000_000)))
+    assert len({document.text for document in read}) == len(read) > 50
+    assert sum(len(document.text.encode()) for document in read) <= 3_000_000
     whole = texts("python-stdlib")
     assert any(text.startswith('The "assert" statement') for text in whole)
     assert (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8") in whole
@@ -233,7 +233,7 @@ def test_a_hub_data_set_is_fetched_as_far_as_it_is_read(hub: Any) -> None:
         f"data/train-0000{i}.jsonl": f'{{"content": "part {i}", "text": 0, "kind": "k"}}\n'.encode() for i in range(3)
     }
     config = DataConfig(source="hf:ann/set:::content", label_field="kind")
-    assert [(d.text, d.label) for d in read_documents(config)] == [(f"part {i}", "k") for i in range(3)]
+    assert [(d.text, d.label) for d in documents(config)] == [(f"part {i}", "k") for i in range(3)]
     hub.fetched.clear()
     assert texts("hf:ann/set::train:content", max_bytes=6) == ["part 0"]
     assert len(hub.fetched) <= 1
