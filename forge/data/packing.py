@@ -1,0 +1,165 @@
+"""Cut documents into windows: packed for training, one document at a time for measuring.
+
+Shapes: B sequences, T = seq_len. A training window has T + 1 tokens: inputs are its first T, targets its last T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from forge.data.tokens import IntArray, TokenFile
+
+_WORD = (1 << 64) - 1
+#: Seed of the choice of windows when a measurement is capped: the same windows in every run and on every machine.
+_EVALUATION_SEED = 0x6576616C
+
+
+class SequenceSampler:
+    """Training batches as a pure function of (seed, step): nothing to save, nothing to restore.
+
+    The chosen documents, each after an end-of-text, make one virtual stream, which is cut every `seq_len` tokens; a
+    window has one token more, its last target, which is also the next window's first input. The stream is a ring: the
+    last window ends with the stream's beginning, so every token is a target once an epoch (those that fill the last
+    window twice), and a partition shorter than one window works. Each epoch visits all windows once, in an order of its
+    own; a batch that an epoch ends in goes on with the next epoch.
+
+    Attention crosses document borders within a window, where an end-of-text stands between the documents: no mask
+    separates them (as in GPT-2 and GPT-3; Brown et al. 2020, section 2.3).
+
+    The corpus is neither copied nor mapped; memory is 16 bytes a chosen document and 8 bytes a window.
+
+    Args:
+        files: one token file, or several read as one (documents are then numbered through).
+        seq_len: T, the inputs of one sequence.
+        seed: of the order.
+        eos_id: the end-of-text token.
+        documents: which documents, in stream order; None means all.
+
+    Raises:
+        ValueError: there is no document.
+    """
+
+    def __init__(
+        self,
+        files: TokenFile | Sequence[TokenFile],
+        seq_len: int,
+        seed: int,
+        eos_id: int,
+        documents: npt.NDArray[np.integer] | None = None,
+    ) -> None:
+        self._files = [files] if isinstance(files, TokenFile) else list(files)
+        self.seq_len, self.seed, self.eos_id = seq_len, seed, eos_id
+        self._bases: IntArray = np.cumsum([0, *(len(file) for file in self._files)])
+        if documents is None:
+            documents = np.arange(self._bases[-1])
+        if not len(documents):
+            raise ValueError("a sampler needs at least one document")
+        self._documents: IntArray = np.asarray(documents, dtype=np.int64)
+        lengths: IntArray = np.concatenate([file.lengths for file in self._files])[self._documents] + 1
+        self._starts: IntArray = np.concatenate([[0], np.cumsum(lengths)])
+        self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the stream, end-of-texts included: the targets of one epoch."""
+        return int(self._starts[-1])
+
+    @property
+    def windows(self) -> int:
+        """Windows of one epoch."""
+        return -(-self.stream_tokens // self.seq_len)
+
+    def batch(self, step: int, batch_size: int) -> IntArray:
+        """The windows of one optimiser step, (batch_size, seq_len + 1) int64, whatever was asked for before."""
+        first = step * batch_size
+        return np.stack([self.window(self._window_at(position)) for position in range(first, first + batch_size)])
+
+    def window(self, index: int) -> IntArray:
+        """Window `index` of the stream, (seq_len + 1,) int64."""
+        out_T1 = np.empty(self.seq_len + 1, dtype=np.int64)
+        position, filled = index * self.seq_len % self.stream_tokens, 0
+        row = int(np.searchsorted(self._starts, position, side="right")) - 1
+        while filled < len(out_T1):
+            count = min(len(out_T1) - filled, int(self._starts[row + 1]) - position)
+            self._fill(out_T1[filled : filled + count], row, position - int(self._starts[row]))
+            filled, position, row = filled + count, position + count, row + 1
+            if row == len(self._documents):
+                row, position = 0, 0
+        return out_T1
+
+    def _fill(self, out: IntArray, row: int, start: int) -> None:
+        """Copy tokens [start, start + len(out)) of end-of-text + document into `out`."""
+        if start == 0:
+            out[0] = self.eos_id
+            out = out[1:]
+            start = 1
+        document = int(self._documents[row])
+        number = int(np.searchsorted(self._bases, document, side="right")) - 1
+        file = self._files[number]
+        begin = int(file.offsets[document - self._bases[number]]) + start - 1
+        if len(out):
+            out[:] = file.read(begin, begin + len(out))
+
+    def _window_at(self, position: int) -> int:
+        epoch, rank = divmod(position, self.windows)
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(self.windows, self.seed, epoch))
+        return int(self._order[1][rank])
+
+
+def shuffled(count: int, seed: int, stream: int) -> IntArray:
+    """A permutation of range(count) that depends on (seed, stream) only.
+
+    It sorts raw words of Philox (Salmon et al. 2011), which numpy promises to keep between versions; it makes no such
+    promise for `Generator.permutation`.
+    """
+    key = np.array([seed & _WORD, stream & _WORD], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+def evaluation_windows(
+    file: TokenFile,
+    seq_len: int,
+    eos_id: int,
+    max_tokens: int | None,
+    documents: npt.NDArray[np.integer] | None = None,
+) -> Iterator[IntArray]:
+    """Yield windows that never cross documents, so that losses do not depend on what stands beside a document.
+
+    The first window of a document is [end-of-text, t1, ..., tT]; later ones begin with the last token of the one
+    before; the last may be short. Every token of a document is a target once; the end-of-text is none.
+
+    Args:
+        file: the documents.
+        seq_len: T; windows have at most T + 1 tokens.
+        eos_id: the end-of-text token.
+        max_tokens: targets in total, None for all. Above it, windows spread over the whole file are chosen, always the
+            same ones, and the last one chosen is cut.
+        documents: which documents, None for all.
+
+    Yields:
+        int64 arrays of 2 to T + 1 tokens, in the order of the file (of `documents`).
+    """
+    chosen: IntArray = np.arange(len(file)) if documents is None else np.asarray(documents, dtype=np.int64)
+    lengths = file.lengths[chosen]
+    counts = -(-lengths // seq_len)  # windows of each document
+    rows: IntArray = np.repeat(np.arange(len(chosen)), counts)
+    parts: IntArray = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    targets: IntArray = np.minimum(lengths[rows] - parts * seq_len, seq_len)
+    if max_tokens is not None and targets.sum() > max_tokens:
+        order = shuffled(len(rows), _EVALUATION_SEED, 0)
+        before = np.cumsum(targets[order]) - targets[order]
+        targets[order] = np.clip(max_tokens - before, 0, targets[order])
+    for index in np.flatnonzero(targets):
+        start = int(parts[index]) * seq_len
+        begin = int(file.offsets[chosen[rows[index]]]) + start
+        window_T1 = np.empty(int(targets[index]) + 1, dtype=np.int64)
+        if start:
+            window_T1[:] = file.read(begin - 1, begin + int(targets[index]))
+        else:
+            window_T1[0] = eos_id
+            window_T1[1:] = file.read(begin, begin + int(targets[index]))
+        yield window_T1
