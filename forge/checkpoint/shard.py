@@ -140,8 +140,8 @@ def _check_tensors(path: Path, header: Header, expected: Mapping[str, names.Shap
 
 
 def _describe(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:
-    text = str(tensor.dtype).removeprefix("torch.")
-    dtype = "BF16" if text == "bfloat16" and not isinstance(tensor, np.ndarray) else _NUMPY_NAMES.get(text)
+    text = tensor.dtype.name if isinstance(tensor, np.ndarray) else str(tensor.dtype).removeprefix("torch.")
+    dtype = "BF16" if text == "bfloat16" else _NUMPY_NAMES.get(text)
     if dtype is None:
         raise ShardError(f"The tensor {name} has the type {text}, which cannot be written.")
     return dtype, tuple(int(size) for size in tensor.shape)

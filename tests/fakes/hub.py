@@ -308,7 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise _Refused(400, f"cannot commit {line['key']} {value['path']}: it was not uploaded")
         commit = repo.add(header["value"]["summary"], changes)
-        return {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.state.endpoint}/{name}/commit/{commit.oid}"}
+        url = f"{self.state.endpoint}/{name}/commit/{commit.oid}"
+        return {"success": True, "commitOid": commit.oid, "commitUrl": url}
 
     def _resolve(self, name: str, repo: Repo, parts: tuple[str, ...], body: bytes) -> Any:
         commit = self._at(repo, parts[0])
