@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 
 from forge.config import EvaluationConfig
 from forge.data.packing import evaluation_windows
-from forge.data.tokenizer import load_tokenizer, token_bytes
+from forge.data.tokenizer import END_OF_TEXT_ID, encode_documents, load_tokenizer, token_bytes
 from forge.data.tokens import TokenFile
-from forge.errors import ConfigError, DataError
+from forge.errors import ConfigError, DataError, StorageError
 from forge.evaluate.generate import generate
 from forge.evaluate.perplexity import Loss, equal_weight_mean, expert_matrix, measure, perplexity, pooled
 from forge.evaluate.router_report import RouterReport
 from forge.model.moe import MixtureLM, Routing
-from forge.vocabulary import END_OF_TEXT
 
 #: Tokens of a held-out document that a generated sample continues.
 PROMPT_TOKENS = 16
@@ -66,11 +65,10 @@ def evaluate_model(
     model = MixtureLM.load(model_dir)
     tokenizer = load_tokenizer(tokenizer_path)
     files = [TokenFile(path) for path in test_files]
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
     seq_len = model.config.max_seq_len
 
     def windows(partition: int, tokens: int = config.tokens) -> Iterator[npt.NDArray[Any]]:
-        yield from evaluation_windows(files[partition], seq_len, end_id, tokens)
+        yield from evaluation_windows(files[partition], seq_len, END_OF_TEXT_ID, tokens)
 
     losses, router = _measure_partitions(model, tokenizer, windows, len(files), progress)
     if not pooled(losses).tokens:
@@ -81,7 +79,7 @@ def evaluate_model(
         fewer = max(MATRIX_MIN_TOKENS, config.tokens // model.config.n_experts)
         progress(stage="evaluate", step=len(files), steps=len(files), message="every expert on every partition")
         row["matrix"] = expert_matrix(model, lambda partition: windows(partition, fewer), len(files))
-        row["samples"] = samples(model, tokenizer, files, config, end_id)
+        row["samples"] = samples(model, tokenizer, files, config)
     return row
 
 
@@ -110,7 +108,7 @@ def summary(losses: Sequence[Loss], shared_losses: Sequence[float | None]) -> di
 
 
 def samples(
-    model: MixtureLM, tokenizer: Tokenizer, files: Sequence[TokenFile], config: EvaluationConfig, end_id: int
+    model: MixtureLM, tokenizer: Tokenizer, files: Sequence[TokenFile], config: EvaluationConfig
 ) -> list[dict[str, Any]]:
     """Generated texts that continue the beginnings of held-out documents, one partition after another.
 
@@ -136,27 +134,29 @@ def evaluate_text(model_dir: Path, texts: Iterable[str]) -> dict[str, Any]:
 
     Args:
         model_dir: an assembled model.
-        texts: documents; each is measured from an end of text to an end of text, in windows of the model's context.
+        texts: documents; each begins after an end of text and is measured in windows of the model's context.
 
     Returns:
         `documents`, `tokens`, `bytes`, `loss` (nats a token), `perplexity` and `bits_per_byte`, over all tokens.
 
     Raises:
-        StorageError: the model or its tokenizer cannot be read.
-        ConfigError: the model is not one that can be loaded, or its tokenizer has no end of text.
-        DataError: there is no text.
+        StorageError: the model cannot be read, or has no tokenizer.
+        ConfigError: the model is not one that can be loaded, or its tokenizer is another model's.
+        DataError: there is no text, or the tokenizer is not a byte-level one with an end of text.
     """
     model = MixtureLM.load(model_dir)
-    tokenizer = load_tokenizer(model_dir / "tokenizer.json")
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
-    if end_id is None:
-        raise ConfigError(f"The tokenizer in {model_dir} has no {END_OF_TEXT} to separate documents by.")
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise StorageError(f"{model_dir} holds no tokenizer.json, so no text can be read by its model.")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size(with_added_tokens=True) > model.config.vocab_size:
+        raise ConfigError(f"{path} has more tokens than the model beside it: it is another model's.")
     documents = 0
 
     def windows() -> Iterator[npt.NDArray[np.int64]]:
         nonlocal documents
         for text in texts:
-            ids_T = np.array([end_id, *tokenizer.encode(text).ids, end_id], dtype=np.int64)
+            ids_T = np.concatenate(([END_OF_TEXT_ID], encode_documents(tokenizer, [text])[0]))
             documents += 1
             for start in range(0, len(ids_T) - 1, model.config.max_seq_len):
                 yield ids_T[start : start + model.config.max_seq_len + 1]

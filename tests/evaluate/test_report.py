@@ -8,12 +8,12 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-from forge.data.tokenizer import load_tokenizer
 import pytest
 import torch
 from torch.nn import functional as F
 
 from forge.config import EvaluationConfig
+from forge.data.tokenizer import load_tokenizer
 from forge.data.tokens import TokenWriter
 from forge.errors import DataError, StorageError
 from forge.evaluate.perplexity import Loss
@@ -97,20 +97,20 @@ def test_text_is_measured_whole(directory: Path, tmp_path: Path) -> None:
     nats = 0.0
     with torch.inference_mode():
         for text in texts:
-            ids = torch.tensor([[0, *tokenizer.encode(text).ids, 0]])
+            ids = torch.tensor([[0, *tokenizer.encode(text).ids]])
             logits = model(ids[:, :-1]) @ model.head_weight.T
             nats += float(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
     size = sum(len(text.encode()) for text in texts)
-    assert (result["documents"], result["bytes"], result["tokens"]) == (2, size, size + 2)
-    assert result["loss"] == pytest.approx(nats / (size + 2), rel=1e-5)
+    assert (result["documents"], result["bytes"], result["tokens"]) == (2, size, size)
+    assert result["loss"] == pytest.approx(nats / size, rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     with pytest.raises(DataError, match="There is no text"):
         evaluate_text(directory, [])
     bare = shutil.copytree(directory, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match="holds no tokenizer.json"):
         evaluate_text(bare, texts)
 
 
 def test_a_text_longer_than_the_context_is_measured_in_windows(directory: Path) -> None:
     text = "x y " * TINY.max_seq_len
-    assert evaluate_text(directory, [text])["tokens"] == len(text) + 1
+    assert evaluate_text(directory, [text])["tokens"] == len(text)
