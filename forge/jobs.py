@@ -49,7 +49,8 @@ class Job:
         self._log: IO[bytes] | None = open(log, "ab") if log is not None else None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "forge.jobs", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, env=environment, text=True)  # fmt: skip
+            stderr=self._log, env=environment, text=True,
+            start_new_session=True)  # fmt: skip - Ctrl-C in the terminal is the parent's to handle
         self.name = name
         self.peak_rss = 0
         self._outcome: dict[str, Any] | None = None
@@ -65,6 +66,8 @@ class Job:
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield progress events until the child ends."""
         assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
         for line in self._process.stdout:
             event = json.loads(line)
             if event["event"] == "progress":
@@ -143,7 +146,6 @@ def main() -> None:
     arguments = json.loads(sys.stdin.readline() or "{}")
     stop = threading.Event()
     threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides.
     last = 0.0
 
     def progress(**fields: Any) -> None:

@@ -1,0 +1,180 @@
+"""The whole road on one machine with real processes, on a corpus of three invented topics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forge import pipeline
+from forge.checkpoint.assembly import arrived, start
+from forge.config import RunConfig, load_config
+from forge.errors import StorageError
+from forge.evaluate.perplexity import measure
+from forge.evaluate.validation import load_shared
+from forge.files import RunDirectory, hash_file
+from forge.model.moe import MixtureLM
+from forge.vocabulary import STAGES, expert_file
+
+GREEDY_TOKENS = 64
+TOPICS = {
+    "sea": "wave salt harbour sail tide anchor gull storm reef captain",
+    "kitchen": "onion butter oven flour simmer spoon pepper recipe bread taste",
+    "orbit": "rocket planet orbit fuel launch moon capsule thrust comet gravity",
+}
+
+
+def write_corpus(path: Path, documents: int = 240) -> Path:
+    """Sentences of nouns of one topic a document."""
+    draw = random.Random(3)
+    with open(path, "w", encoding="utf-8") as file:
+        for index in range(documents):
+            nouns = list(TOPICS.values())[index % len(TOPICS)].split()
+            text = " ".join(f"The {draw.choice(nouns)} and the {draw.choice(nouns)} meet {draw.choice(nouns)}."
+                            for _ in range(25))  # fmt: skip
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def small_config(corpus: Path, *overrides: str) -> RunConfig:
+    """A run of seconds."""
+    return load_config("smoke", [
+        f"data.source={corpus}", "data.validation_fraction=0.15", "data.test_fraction=0.15", "model.vocab_size=400",
+        "model.d_model=64", "model.d_ff=192", "model.n_layers=2", "model.n_heads=2", "model.max_seq_len=640",
+        "train.batch_size=4", "train.shared.tokens=40000", "train.expert.tokens=16000", "router.tokens=20000",
+        "evaluation.tokens=3000", "evaluation.samples=1", "evaluation.sample_tokens=8",
+        "train.shared.learning_rate=0.004", *overrides])  # fmt: skip
+
+
+def run_stages(root: Path, config: RunConfig) -> RunDirectory:
+    """Everything up to the placeholders."""
+    run = pipeline.prepare_run(root, config, STAGES, ram_bytes=4 << 30, threads=1, on_event=_silent)
+    start(run)
+    return run
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """Progress that nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run taken to its end by hand, with what transformers says of the model after each arrival."""
+    directory = tmp_path_factory.mktemp("road")
+    config = small_config(write_corpus(directory / "corpus.jsonl"))
+    run = run_stages(directory / "run", config)
+    windows = [list(_test_windows(run, partition)) for partition in range(3)]
+    dense = load_shared(run)
+    identity = [(measure(dense, w).nats_per_token, measure(MixtureLM.load(run.model), w).nats_per_token) for w in windows]
+    compared = [_compare(run.model)]
+    before = {index: hash_file(run.model / expert_file(index)) for index in range(3)}
+    for partition in range(3):
+        pipeline.train_and_accept(run, partition, ram_bytes=4 << 30, threads=1, device="cpu", on_event=_silent)
+        if partition in (0, 2):
+            compared.append(_compare(run.model))
+        if partition == 0:
+            after = {index: hash_file(run.model / expert_file(index)) for index in range(3)}
+    row = pipeline.run_all(run.root, config, ram_bytes=4 << 30, threads=1, device="cpu", on_event=_silent)
+    return {"run": run, "config": config, "identity": identity, "compared": compared, "before": before, "after": after,
+            "row": row}  # fmt: skip
+
+
+def _test_windows(run: RunDirectory, partition: int) -> Any:
+    from forge.data.packing import evaluation_windows
+    from forge.data.tokens import TokenFile
+
+    published = run.marker("publish")
+    assert published is not None
+    blob = published["partitions"][partition]["test"]["sha256"]
+    return evaluation_windows(TokenFile(run.blobs.path(blob)), 640, 0, 3000)
+
+
+def _compare(model_dir: Path) -> tuple[float, bool]:
+    """Largest difference of our logits from transformers' on 512 tokens, and whether both generate alike."""
+    tokens = torch.randint(1, 400, (1, 512), generator=torch.Generator().manual_seed(5))
+    theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ours = MixtureLM.load(model_dir)
+    with torch.inference_mode():
+        difference = (theirs(tokens).logits - ours(tokens) @ ours.head_weight.T).abs().max().item()
+    prompt = AutoTokenizer.from_pretrained(model_dir)("The wave and the", return_tensors="pt").input_ids
+    from forge.evaluate.generate import generate_ids
+
+    greedy = generate_ids(ours, prompt[0].tolist(), GREEDY_TOKENS, temperature=0)
+    reference = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY_TOKENS,
+                                do_sample=False, eos_token_id=None, pad_token_id=0)[0, prompt.shape[1] :]  # fmt: skip
+    return difference, reference.tolist() == greedy
+
+
+def test_with_no_shard_the_model_is_the_shared_components(finished: dict[str, Any]) -> None:
+    for dense, assembled in finished["identity"]:
+        assert assembled == pytest.approx(dense, abs=1e-6)
+
+
+def test_transformers_agrees_before_after_one_and_after_all_shards(finished: dict[str, Any]) -> None:
+    assert len(finished["compared"]) == 3
+    for difference, same_text in finished["compared"]:
+        assert difference < 1e-4
+        assert same_text
+
+
+def test_an_arrival_changes_no_other_expert(finished: dict[str, Any]) -> None:
+    before, after = finished["before"], finished["after"]
+    assert before[0] != after[0]
+    assert (before[1], before[2]) == (after[1], after[2])
+
+
+def test_the_mixture_beats_the_shared_components(finished: dict[str, Any]) -> None:
+    row = finished["row"]
+    assert sorted(arrived(finished["run"].model)) == [0, 1, 2]
+    assert row["mean_loss"] < row["shared_mean_loss"]
+    for name in ("loss.png", "perplexity.png", "router.png"):
+        assert (finished["run"].reports / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_run_again_trains_nothing(finished: dict[str, Any]) -> None:
+    stages: list[str] = []
+    pipeline.run_all(finished["run"].root, finished["config"], ram_bytes=4 << 30, threads=1, device="cpu",
+                     on_event=lambda event: stages.append(event["stage"]) if event["event"] == "stage" else None)  # fmt: skip
+    assert stages == []
+
+
+def test_a_shard_of_another_run_is_rejected(finished: dict[str, Any], tmp_path: Path) -> None:
+    from forge.evaluate.validation import validate_shard
+
+    run = finished["run"]
+    shard = run.blobs.path(arrived(run.model)[0])
+    assert validate_shard(run, 0, shard)["accepted"]
+    verdict = validate_shard(run, 1, shard)
+    assert not verdict["accepted"] and verdict["reasons"]
+
+
+def test_a_placeholder_is_no_better_than_the_shared_components(finished: dict[str, Any], tmp_path: Path) -> None:
+    """The untouched copy of the shared FFN is a valid file and must still be refused."""
+    from safetensors.torch import load_file
+
+    from forge.checkpoint.shard import write_shard
+    from forge.evaluate.validation import validate_shard
+    from forge.model import names
+
+    run, config = finished["run"], finished["config"]
+    facts, shared = run.marker("publish"), run.marker("shared")
+    assert facts is not None and shared is not None
+    ffn = load_file(run.blobs.path(shared["shared_ffn"]["sha256"]))
+    renamed = dict(zip(names.expert_tensors(config.model, 0), (ffn[n] for n in names.ffn_tensors(config.model)), strict=True))
+    path = tmp_path / "copy.safetensors"
+    write_shard(path, renamed, {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "partition": "0",
+                                "shared_sha256": facts["shared"]["sha256"], "tokens_seen": "1", "final_loss": "1.0",
+                                "format_version": "1"})  # fmt: skip
+    verdict = validate_shard(run, 0, path)
+    assert not verdict["accepted"]
+    assert "must be below" in verdict["reasons"][0]
+
+
+def test_a_missing_run_directory_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is not a run directory"):
+        _ = RunDirectory(tmp_path / "none").config
