@@ -41,8 +41,8 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     tokenizer.save(str(directory / "tokenizer.json"))
-    write_json(directory / "tokenizer_config.json",
-               {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT})  # fmt: skip
+    special = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
 
 
 def publish_run(root: Path, config: RunConfig | None = None) -> RunDirectory:
@@ -60,12 +60,12 @@ def publish_run(root: Path, config: RunConfig | None = None) -> RunDirectory:
     return run
 
 
-def shard_metadata(run: RunDirectory, partition: int, **changed: str) -> dict[str, str]:
+def shard_metadata(run: RunDirectory, expert: int, **changed: str) -> dict[str, str]:
     published = run.marker("publish")
     assert published is not None
     return {
         "run_id": run.run_id, "config_fingerprint": run.config.fingerprint,
-        "shared_sha256": published["shared"]["sha256"], "partition": str(partition), "tokens_seen": "1000",
+        "shared_sha256": published["shared"]["sha256"], "partition": str(expert), "tokens_seen": "1000",
         "final_loss": "3.5", "format_version": SHARD_FORMAT_VERSION, **changed,
     }  # fmt: skip
 
@@ -74,7 +74,8 @@ def write_expert(run: RunDirectory, partition: int, seed: int | None = None) -> 
     """A shard of random weights, in the run's work directory."""
     path = run.work / f"expert-{partition}.safetensors"
     model = run.config.model
-    tensors = random_tensors(names.expert_tensors(model, partition), 100 + partition if seed is None else seed, model.dtype)
+    seed = 100 + partition if seed is None else seed
+    tensors = random_tensors(names.expert_tensors(model, partition), seed, model.dtype)
     write_shard(path, tensors, shard_metadata(run, partition))
     return path
 

@@ -45,7 +45,8 @@ def test_the_same_tensors_give_the_bytes_that_the_library_writes(tmp_path: Path)
     safetensors.torch.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     ours, theirs = read_header(tmp_path / "ours"), read_header(tmp_path / "theirs")
     assert ours.tensors == theirs.tensors
-    assert (tmp_path / "ours").read_bytes()[ours.data_start :] == (tmp_path / "theirs").read_bytes()[theirs.data_start :]
+    data = [(tmp_path / n).read_bytes()[h.data_start :] for n, h in (("ours", ours), ("theirs", theirs))]
+    assert data[0] == data[1]
 
 
 def rewritten(metadata: dict[str, str] | None = None, **tensors: torch.Tensor | None) -> Callable[[RunDirectory], Path]:
