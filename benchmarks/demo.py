@@ -79,7 +79,8 @@ def _print_experts(run_dir: Path) -> None:
     for expert in manifest["experts"]:
         credit = expert["credit"] or {}
         if "peak_bytes" in credit:
-            print(f"{'expert %d on %s' % (expert['partition'], credit['node_name']):28}"
+            name = f"expert {expert['partition']} on {credit['node_name']}"
+            print(f"{name:28}"
                   f"{format_size(credit['peak_bytes']):>9}{format_size(credit['predicted_bytes']):>11}")  # fmt: skip
 
 

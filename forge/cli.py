@@ -227,6 +227,7 @@ class Printer:
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
+        """Print one event, or leave it out when the last line is young."""
         if event["event"] == "stage":
             self._last = 0.0
             click.echo(f"== {event['stage']}")

@@ -174,8 +174,9 @@ class RunDirectory:
             held = run.config
             if held.fingerprint != config.fingerprint:
                 raise RunMismatchError(
-                    f"{root} holds the run {held.name!r} with another config (fingerprint {held.fingerprint[:12]}, asked "
-                    f"for {config.fingerprint[:12]}): choose another run directory, or delete this one to start anew.")  # fmt: skip
+                    f"{root} holds the run {held.name!r} with another config (fingerprint {held.fingerprint[:12]}, "
+                    f"asked for {config.fingerprint[:12]}): choose another run directory, or delete this one to start "
+                    "anew.")  # fmt: skip
         with storage_errors(root):
             for directory in (run.blobs.directory, run.data, run.work, run.reports, root / "stages"):
                 directory.mkdir(parents=True, exist_ok=True)

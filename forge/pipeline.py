@@ -49,7 +49,8 @@ def _prepare(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
     def on_progress(done: int, total: int, message: str) -> None:
         progress(stage="prepare", step=done, steps=total, message=message)
 
-    return prepare(run.config, run.data, on_progress)
+    facts: dict[str, Any] = prepare(run.config, run.data, on_progress)
+    return facts
 
 
 def _shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any] | None:
@@ -61,7 +62,8 @@ def _shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: 
 def _partition(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
     from forge.data.stage import partition_corpus
 
-    return partition_corpus(run, progress)
+    facts: dict[str, Any] = partition_corpus(run, progress)
+    return facts
 
 
 def _router(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def run_expert(arguments: dict[str, Any], progress: Progress, should_stop: Shoul
 
 
 def run_validation(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
-    """Job `validate`: is this shard sound, and better than the shared components on its partition?"""
+    """Job `validate`: judge a shard; it must be sound and beat the shared components on its partition."""
     from forge.evaluate.validation import validate_shard
 
     return validate_shard(RunDirectory(Path(arguments["run_dir"])), int(arguments["partition"]),

@@ -40,7 +40,7 @@ def lda(statistics: LayerStatistics, shrinkage: float) -> tuple[Array, Array]:
         Weights (K, D) and biases (K,) of the log posterior up to a constant.
     """
     means_KD = statistics.means_KD
-    weights_KD = np.linalg.solve(_shrunk(statistics, shrinkage), means_KD.T).T
+    weights_KD = np.asarray(np.linalg.solve(_shrunk(statistics, shrinkage), means_KD.T).T, dtype=np.float64)
     prior_K = statistics.counts_K / statistics.counts_K.sum()
     bias_K: Array = -0.5 * (weights_KD * means_KD).sum(axis=1) + np.log(prior_K)
     return weights_KD, bias_K
@@ -61,7 +61,7 @@ def ridge(statistics: LayerStatistics, shrinkage: float) -> tuple[Array, Array]:
 def centroid(statistics: LayerStatistics, shrinkage: float) -> tuple[Array, Array]:
     """Nearest partition mean: LDA with the identity, scaled to the mean variance, for W and equal shares."""
     means_KD = statistics.means_KD
-    variance = np.trace(statistics.within_DD) / means_KD.shape[1]
+    variance = float(np.trace(statistics.within_DD)) / means_KD.shape[1]
     return means_KD / variance, -0.5 * (means_KD**2).sum(axis=1) / variance
 
 

@@ -141,7 +141,7 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
             hidden_BTD = model(inputs_BT)
             loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten())
         share = tokens.shape[0] / settings.batch_size
-        (loss * share).backward()
+        torch.autograd.backward(loss * share)
         total += loss.detach() * share
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), settings.phase.gradient_clip, foreach=False)
     return float(total), float(norm)

@@ -47,7 +47,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
         checkpoint_seconds=config.train.checkpoint_seconds, autocast=autocast_dtype(device)), progress, should_stop)  # fmt: skip
     if not result.finished:
         return None
-    facts = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, "maturity": maturity(config),
+    facts: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, "maturity": maturity(config),
              "predicted_bytes": chosen.peak_bytes, "micro_batch": chosen.micro_batch}  # fmt: skip
     tensors = {name: p.detach().to("cpu", getattr(torch, config.model.dtype)) for name, p in model.named_parameters()}
     for part, expected in (("shared", names.shared_tensors(config.model)), ("shared_ffn", names.ffn_tensors(config.model))):
