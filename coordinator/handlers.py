@@ -6,14 +6,21 @@ Everything a peer sends is bounded here before it is used or stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 import json
 import math
 import re
 from typing import Any
 
 from coordinator.activity import LONGEST_WAIT_SECONDS, SHORTEST_WAIT_SECONDS, Activity
-from coordinator.auth import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, CredentialError, Credentials, node_id_of, verify_signature
+from coordinator.auth import (
+    PUBLIC_KEY_BYTES,
+    SIGNATURE_BYTES,
+    CredentialError,
+    Credentials,
+    node_id_of,
+    verify_signature,
+)
 from coordinator.blobs import Uploads
 from coordinator.messages import (
     Assignment,
@@ -40,9 +47,9 @@ from forge.errors import ProtocolError, ShardError
 from forge.files import RunDirectory
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 
-#: Bounds of what a peer may send: characters of a word about its machine, of a reason, bytes of a manifest (ours have
-#: some 500), and entries of a list.
-MAX_WORD, MAX_REASON, MAX_MANIFEST_BYTES, MAX_LIST = 200, 500, 1 << 16, 4096
+#: Bounds of what a peer may send: characters of a word about its machine, bytes of a manifest (ours have some
+#: 500), and entries of a list.
+MAX_WORD, MAX_MANIFEST_BYTES, MAX_LIST = 200, 1 << 16, 4096
 MAX_NAME = 64
 #: Largest integer that every database holds.
 MAX_INTEGER = (1 << 63) - 1
@@ -75,6 +82,10 @@ class Desk:
     credentials: Credentials
     activity: Activity
     clock: Callable[[], float]
+    note: Callable[..., None]
+    """Records an event: its name, a sentence for whoever watches, and its facts."""
+    told_done: set[str] = field(default_factory=set)
+    """Nodes that know that nothing is left to do."""
 
 
 def authenticate(desk: Desk, credential: str) -> NodeRecord:
@@ -97,14 +108,16 @@ def join(request: JoinRequest, desk: Desk) -> Joined:
         InvalidRequestError: the key or the name is not one.
     """
     if request.protocol_version != PROTOCOL_VERSION:
-        raise ProtocolError(f"The coordinator speaks version {PROTOCOL_VERSION} of the protocol and this node version "
-                            f"{request.protocol_version}: install the same version of ModularForge on both.")  # fmt: skip
+        raise ProtocolError(
+            f"The coordinator speaks version {PROTOCOL_VERSION} of the protocol and this node version "
+            f"{request.protocol_version}: install the same version of ModularForge on both.")  # fmt: skip
     if len(request.public_key) != PUBLIC_KEY_BYTES:
         raise InvalidRequestError(f"A public key has {PUBLIC_KEY_BYTES} bytes, and this one {len(request.public_key)}.")
     if not (1 <= len(request.name) <= MAX_NAME and request.name.isprintable() and request.name.strip()):
         raise InvalidRequestError(f"A node's name has 1 to {MAX_NAME} printable characters: choose another one.")
     node_id = node_id_of(request.public_key)
-    desk.state.register_node(node_id, request.public_key, request.name, _machine(request.machine))
+    if desk.state.register_node(node_id, request.public_key, request.name, _machine(request.machine)):
+        desk.note("joined", f"{request.name} joined", node_id=node_id, name=request.name)
     return Joined(node_id=node_id, credential=desk.credentials.issue(node_id), run=summary(desk))
 
 
@@ -125,6 +138,7 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
         raise InvalidRequestError(f"A node prefers at most {MAX_LIST} partitions.")
     counts = desk.state.counts()
     if counts.complete:
+        desk.told_done.add(node.id)
         return Done(reason=f"all {counts.total} experts are accepted")
     now = desk.activity.snapshot()
     if now.phase != "experts":
@@ -132,6 +146,9 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
     granted = desk.state.grant(node.id, request.preferred_partitions)
     if granted is None:
         return _nothing_open(desk.state.counts(), desk.state.draining)
+    if granted.fresh:
+        desk.note("leased", f"{node.name} trains expert {granted.partition}", node=node.name, lease_id=granted.id,
+                  partition=granted.partition)  # fmt: skip
     facts = desk.run.marker("publish") or {}
     partition = next(part for part in facts["partitions"] if part["partition"] == granted.partition)
     return Assignment(
@@ -226,6 +243,8 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
+    desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
+              sha256=request.sha256, size=size)  # fmt: skip
     return desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
                              signature=request.signature)  # fmt: skip
 
@@ -284,20 +303,24 @@ def _check_manifest(manifest: bytes, expected: dict[str, Any]) -> None:
 
 
 def _machine(machine: Machine) -> dict[str, Any]:
-    return {key: value[:MAX_WORD] if isinstance(value, str) else min(value, MAX_INTEGER)
-            for key, value in asdict(machine).items()}  # fmt: skip
+    return _storable(asdict(machine))
 
 
 def _progress(progress: Progress) -> dict[str, Any]:
-    facts = _machine_safe(asdict(progress))
-    return {**facts, "activity": progress.activity[:MAX_WORD]}
+    return _storable(asdict(progress))
 
 
-def _machine_safe(facts: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON and every database can hold: no NaN, no infinity, nothing above 63 bits."""
-    return {key: 0.0 if isinstance(value, float) and not math.isfinite(value)
-            else min(value, MAX_INTEGER) if isinstance(value, int) else value
-            for key, value in facts.items()}  # fmt: skip
+def _storable(facts: dict[str, Any]) -> dict[str, Any]:
+    """Short printable words and numbers that JSON and every database hold: no NaN, nothing above 63 bits."""
+    kept: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, str):
+            kept[key] = "".join(c if c.isprintable() else "?" for c in value[:MAX_WORD])
+        elif isinstance(value, float):
+            kept[key] = value if math.isfinite(value) else 0.0
+        else:
+            kept[key] = min(int(value), MAX_INTEGER)
+    return kept
 
 
 def _blob(facts: dict[str, Any]) -> Blob:

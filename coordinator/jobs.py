@@ -38,10 +38,10 @@ class JobRunner:
 
     Args:
         log: file that takes the children's stderr.
-        on_end: told the name of an ended job, its peak resident bytes and its result.
+        on_end: told the name, the arguments and the result (with `peak_bytes`) of a job that ended well.
     """
 
-    def __init__(self, log: Path, on_end: Callable[[str, int, dict[str, Any]], None] = lambda *_: None) -> None:
+    def __init__(self, log: Path, on_end: Callable[[str, dict[str, Any], dict[str, Any]], None]) -> None:
         self._log = log
         self._on_end = on_end
         self._lock = threading.Lock()
@@ -66,7 +66,7 @@ class JobRunner:
         finally:
             with self._lock:
                 del self._running[job]
-        self._on_end(name, job.peak_rss, result)
+        self._on_end(name, arguments, {"peak_bytes": job.peak_rss, **result})
         if self._stopped and result.get("finished") is False:
             raise Stopped
         return result

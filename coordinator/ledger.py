@@ -35,8 +35,8 @@ class Ledger:
         """Close the database."""
         self._database.close()
 
-    def register_node(self, node_id: str, public_key: bytes, name: str, machine: dict[str, Any]) -> None:
-        """Remember a node, or what it says about itself now."""
+    def register_node(self, node_id: str, public_key: bytes, name: str, machine: dict[str, Any]) -> bool:
+        """Remember a node, or what it says about itself now; whether it is new."""
         now = self._clock()
         with self._database.transaction() as session:
             node = session.get(Node, node_id)
@@ -47,6 +47,8 @@ class Ledger:
                                  seen_at=now))  # fmt: skip
             else:
                 node.name, node.machine, node.seen_at = name, machine, now
+                return False
+            return True
 
     def node(self, node_id: str) -> NodeRecord | None:
         """The node of that id, noting that it was heard of just now."""
@@ -69,6 +71,13 @@ class Ledger:
         with self._database.transaction() as session:
             accepted = select(Shard).where(Shard.verdict == "accepted").order_by(Shard.decided_at, Shard.id)
             return [_record(session, shard) for shard in session.scalars(accepted)]
+
+    def uses(self, sha256: str) -> bool:
+        """Whether a shard with these bytes is accepted, waits for its verdict, or may be handed in again."""
+        with self._database.transaction() as session:
+            wanted = (Shard.verdict != "rejected") | Shard.judged.is_(False)
+            needed = select(Shard.id).where(Shard.sha256 == sha256, wanted).limit(1)
+            return session.scalars(needed).first() is not None
 
     def record_evaluation(self, experts: int, row: dict[str, Any], *, final: bool = False) -> None:
         """Keep an evaluation of the assembled model with so many experts; a second one replaces the first."""

@@ -31,6 +31,8 @@ class LeaseRecord:
     node_id: str
     expires_at: float
     ended: str | None
+    fresh: bool = False
+    """Whether it was granted just now."""
 
 
 @dataclass(frozen=True, kw_only=True)

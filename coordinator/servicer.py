@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 import logging
 from typing import Any, NoReturn
 
 import grpc
-from modularforge.v1 import admin_pb2, admin_pb2_grpc
+from modularforge.v1 import admin_pb2, admin_pb2_grpc, fleet_pb2_grpc
 from modularforge.v1 import fleet_pb2 as pb
-from modularforge.v1 import fleet_pb2_grpc
 
 from coordinator import handlers
 from coordinator.auth import CredentialError
@@ -38,6 +38,9 @@ from coordinator.records import NodeRecord, Receipt
 from forge.errors import ForgeError, StorageError
 from forge.vocabulary import PROTOCOL_VERSION
 
+#: Full names of the services, for the health check.
+SERVICES = tuple(file.services_by_name[name].full_name for file, name in (
+    (pb.DESCRIPTOR, "FleetService"), (admin_pb2.DESCRIPTOR, "AdminService")))  # fmt: skip
 CREDENTIAL_KEY = "forge-credential"
 ERROR_KEY = "forge-error-code"
 
@@ -110,17 +113,20 @@ class _Servicer:
 class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
     """What nodes call."""
 
-    def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:  # noqa: N802, D102
+    def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
+        """Register a node."""
         with self._answering(context):
             joined = handlers.join(JoinRequest(
                 protocol_version=request.protocol_version, public_key=request.public_key, name=request.name,
                 machine=_machine(request.machine)), self._desk)  # fmt: skip
             return pb.JoinResponse(node_id=joined.node_id, credential=joined.credential, run=_summary(joined.run))
 
-    def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:  # noqa: N802, D102
+    def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
+        """Give work, or say what is waited for."""
         with self._answering(context):
             answer = handlers.lease(
-                LeaseRequest(machine=_machine(request.machine), preferred_partitions=tuple(request.preferred_partitions)),
+                LeaseRequest(machine=_machine(request.machine),
+                             preferred_partitions=tuple(request.preferred_partitions)),
                 self._node(context), self._desk)  # fmt: skip
             if isinstance(answer, Wait):
                 return pb.LeaseResponse(wait=pb.Wait(reason=answer.reason, retry_seconds=answer.retry_seconds))
@@ -128,20 +134,23 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
                 return pb.LeaseResponse(done=pb.Done(reason=answer.reason))
             return pb.LeaseResponse(assignment=_assignment(answer))
 
-    def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:  # noqa: N802, D102
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
+        """Keep a lease alive."""
         with self._answering(context):
             answer = handlers.heartbeat(
                 HeartbeatRequest(lease_id=request.lease_id, progress=_progress(request.progress)),
                 self._node(context), self._desk)  # fmt: skip
             return pb.HeartbeatResponse(order=_ORDERS[answer.order], reason=answer.reason)
 
-    def FetchBlob(self, request: pb.FetchBlobRequest, context: Any) -> Iterator[pb.FetchBlobResponse]:  # noqa: N802, D102
+    def FetchBlob(self, request: pb.FetchBlobRequest, context: Any) -> Iterator[pb.FetchBlobResponse]:
+        """Send a published blob."""
         with self._answering(context):
             self._node(context)
             for chunk in handlers.fetch_blob(request.sha256, request.offset, self._desk):
                 yield pb.FetchBlobResponse(data=chunk)
 
-    def OpenUpload(self, request: pb.OpenUploadRequest, context: Any) -> pb.OpenUploadResponse:  # noqa: N802, D102
+    def OpenUpload(self, request: pb.OpenUploadRequest, context: Any) -> pb.OpenUploadResponse:
+        """Say where an upload goes on."""
         with self._answering(context):
             opened = handlers.open_upload(
                 OpenUploadRequest(lease_id=request.lease_id, sha256=request.sha256, size=request.size),
@@ -149,7 +158,8 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
             receipt = None if opened.receipt is None else _receipt(opened.receipt)
             return pb.OpenUploadResponse(offset=opened.offset, receipt=receipt)
 
-    def Upload(self, request_iterator: Iterator[pb.UploadRequest], context: Any) -> pb.UploadResponse:  # noqa: N802, D102
+    def Upload(self, request_iterator: Iterator[pb.UploadRequest], context: Any) -> pb.UploadResponse:
+        """Take a shard's bytes as they come."""
         with self._answering(context):
             node = self._node(context)
             first = next(request_iterator, None)
@@ -159,14 +169,16 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
                                    self._desk, context.cancel)  # fmt: skip
             return pb.UploadResponse(offset=held)
 
-    def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:  # noqa: N802, D102
+    def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
+        """Take a shard in, or repeat its verdict."""
         with self._answering(context):
             receipt = handlers.commit(
                 CommitRequest(lease_id=request.lease_id, sha256=request.sha256, manifest=request.manifest,
                               signature=request.signature), self._node(context), self._desk)  # fmt: skip
             return pb.CommitResponse(receipt=_receipt(receipt))
 
-    def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:  # noqa: N802, D102
+    def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
+        """Take a lease back."""
         with self._answering(context):
             handlers.release(request.lease_id, self._node(context), self._desk)
             return pb.ReleaseResponse()
@@ -175,7 +187,8 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 class AdminServicer(_Servicer, admin_pb2_grpc.AdminServiceServicer):
     """What an operator calls."""
 
-    def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Any) -> admin_pb2.GetStatusResponse:  # noqa: N802, D102
+    def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Any) -> admin_pb2.GetStatusResponse:
+        """Tell the whole state of the run."""
         with self._answering(context):
             status = handlers.status(self._desk)
             return admin_pb2.GetStatusResponse(
@@ -210,8 +223,7 @@ def _progress(message: pb.Progress) -> Progress:
 
 
 def _progress_message(progress: Progress) -> pb.Progress:
-    return pb.Progress(step=progress.step, steps=progress.steps, loss=progress.loss, activity=progress.activity,
-                       tokens_per_second=progress.tokens_per_second, resident_bytes=progress.resident_bytes)  # fmt: skip
+    return pb.Progress(**asdict(progress))
 
 
 def _summary(run: RunSummary) -> pb.RunSummary:

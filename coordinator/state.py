@@ -91,6 +91,7 @@ class State(Ledger):
         with self._database.transaction() as session:
             self._expire(session, now)
             lease = session.scalars(select(Lease).where(Lease.active_node == node_id)).one_or_none()
+            fresh = lease is None
             if lease is None:
                 if self.draining:
                     return None
@@ -102,7 +103,7 @@ class State(Ledger):
                               active_node=node_id, active_partition=partition.id, progress={})  # fmt: skip
                 session.add(lease)
             lease.expires_at = now + self._lease_seconds
-            return _lease(lease)
+            return _lease(lease, fresh=fresh)
 
     def lease(self, lease_id: str, node_id: str) -> LeaseRecord:
         """The lease of that id.
@@ -299,9 +300,9 @@ def _shard(session: Session, partition: int, sha256: str) -> Shard | None:
     return session.scalars(same).one_or_none()
 
 
-def _lease(lease: Lease) -> LeaseRecord:
+def _lease(lease: Lease, *, fresh: bool = False) -> LeaseRecord:
     return LeaseRecord(id=lease.id, partition=lease.partition, node_id=lease.node_id, expires_at=lease.expires_at,
-                       ended=lease.ended)  # fmt: skip
+                       ended=lease.ended, fresh=fresh)  # fmt: skip
 
 
 def _receipt(shard: Shard) -> Receipt:

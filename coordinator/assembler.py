@@ -1,0 +1,211 @@
+"""From uploaded shards to the assembled model, one step at a time, by one thread.
+
+`step` looks at what is on disk and in the database and does the most urgent thing that is missing there, so a
+coordinator that was killed anywhere finds its work again by looking:
+
+1. an accepted shard that is not in `model/` is put there;
+2. a model with so many experts that was not evaluated is evaluated, then pushed;
+3. the oldest shard without a verdict is judged;
+4. with every shard accepted, the final evaluation ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+from typing import Any
+
+from coordinator.activity import Activity
+from coordinator.jobs import RunJob
+from coordinator.journal import Journal
+from coordinator.records import ShardRecord
+from coordinator.state import State
+from coordinator.validate import judge
+from forge.checkpoint import assembly
+from forge.config import RunConfig
+from forge.errors import ForgeError, HubError, StorageError, storage_errors
+from forge.files import RunDirectory
+
+#: How often a job that ends without a result is started again before the coordinator goes on without it.
+ATTEMPTS = 3
+#: Seconds before work is tried again that failed on this machine: a full disk, a child killed for its memory.
+RETRY_SECONDS = 10.0
+#: Seconds between two looks for something to do.
+IDLE_SECONDS = 0.5
+
+Push = Callable[[str], str]
+
+
+class Assembler:
+    """The steps from an uploaded shard to a finished run.
+
+    Args:
+        run: the run directory; its assembly was started.
+        config: the run's config.
+        state: says what is accepted and what waits.
+        run_job: does the heavy work.
+        activity: told what happens now.
+        journal: told what happened.
+        push: publishes the model directory with a commit message and returns the commit's address.
+    """
+
+    def __init__(self, *, run: RunDirectory, config: RunConfig, state: State, run_job: RunJob, activity: Activity,
+                 journal: Journal, push: Push | None = None) -> None:  # fmt: skip
+        self._run, self._config, self._state, self._run_job = run, config, state, run_job
+        self._activity, self._journal, self._push = activity, journal, push
+        self._assembled: set[int] = set()
+        self._pushed: int | None = None
+        self._failures: dict[tuple[int, bool], int] = {}
+        #: Every shard is accepted, assembled and evaluated.
+        self.done = False
+
+    def step(self) -> float:
+        """Do the most urgent thing; how many seconds to pause before the next step.
+
+        Raises:
+            ForgeError: the run cannot go on.
+            Stopped: the coordinator is being stopped.
+        """
+        accepted = self._state.accepted_shards()
+        for shard in accepted:
+            if shard.partition not in self._assembled:
+                return self._assemble(shard)
+        experts = len(accepted)
+        if not self._settled(experts, final=False):
+            return self._evaluate(experts, final=False)
+        if self._push is not None and experts and self._pushed != experts:
+            self._push_model(experts)
+        pending = self._state.next_pending()
+        if pending is not None:
+            return self._judge(pending)
+        if experts == self._config.model.n_experts and not self.done:
+            return self._end(experts)
+        return IDLE_SECONDS
+
+    def first_evaluation(self) -> float:
+        """Evaluate the model without any expert, if that is missing; seconds to pause, 0 when nothing is to do."""
+        if self._state.accepted_shards() or self._settled(0, final=False):
+            return 0.0
+        return self._evaluate(0, final=False)
+
+    def _assemble(self, shard: ShardRecord) -> float:
+        tokens = json.loads(shard.manifest).get("tokens_seen")
+        credit = {"node_id": shard.node_id, "node_name": shard.node_name, "loss": shard.loss,
+                  "shared_loss": shard.shared_loss, "tokens": tokens if isinstance(tokens, int) else None}  # fmt: skip
+        try:
+            assembly.accept(self._run, shard.partition, shard.sha256, credit)
+        except StorageError as error:
+            return self._later("assembly-failed", f"cannot put expert {shard.partition} into the model", error)
+        self._assembled.add(shard.partition)
+        self._journal.event("assembled", f"expert {shard.partition} of {shard.node_name} is in the model "
+                            f"({len(self._assembled)} of {self._config.model.n_experts})", partition=shard.partition,
+                            sha256=shard.sha256, node=shard.node_name)  # fmt: skip
+        return 0.0
+
+    def _settled(self, experts: int, *, final: bool) -> bool:
+        return (self._failures.get((experts, final), 0) >= ATTEMPTS
+                or self._state.evaluated(experts, final=final))  # fmt: skip
+
+    def _evaluate(self, experts: int, *, final: bool) -> float:
+        self._activity.say(f"evaluating the model with {experts} experts")
+        try:
+            arguments = {"run_dir": str(self._run.root), "final": final}
+            row = self._run_job("evaluate", arguments, self._activity.progress)
+        except ForgeError as error:
+            failures = self._failures[experts, final] = self._failures.get((experts, final), 0) + 1
+            if final and failures >= ATTEMPTS:
+                raise
+            return self._later("evaluation-failed", f"cannot evaluate the model with {experts} experts "
+                               f"(attempt {failures} of {ATTEMPTS})", error)  # fmt: skip
+        finally:
+            self._activity.say("")
+        self._state.record_evaluation(experts, row, final=final)
+        perplexity = row.get("mean_perplexity")
+        shown = f": perplexity {perplexity:.2f}" if isinstance(perplexity, int | float) else ""
+        self._journal.event("evaluated", f"the model with {experts} of {self._config.model.n_experts} experts is "
+                            f"evaluated{shown}", experts=experts, final=final, mean_perplexity=perplexity)  # fmt: skip
+        return 0.0
+
+    def _judge(self, shard: ShardRecord) -> float:
+        self._activity.say(f"validating expert {shard.partition} of {shard.node_name}")
+        who = f"expert {shard.partition} of {shard.node_name}"
+        try:
+            judgement = judge(shard, self._run, self._config, self._run_job, self._activity.progress)
+        except ForgeError as error:
+            attempts = self._state.count_attempt(shard.id)
+            if attempts < ATTEMPTS:
+                what = f"cannot validate {who} (attempt {attempts} of {ATTEMPTS})"
+                return self._later("validation-failed", what, error)
+            reason = f"the coordinator could not validate it in {ATTEMPTS} attempts; it is not the shard's fault"
+            self._state.reject(shard.id, [reason], judged=False)
+            self._journal.event("rejected", f"{who} is given up: {error}", partition=shard.partition, reasons=[reason])
+            return 0.0
+        finally:
+            self._activity.say("")
+        if judgement.accepted:
+            self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss)
+            self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
+                                partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
+                                loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
+            return 0.0
+        reasons = judgement.reasons or ("no reason was given",)
+        self._state.reject(shard.id, reasons)
+        self._journal.event("rejected", f"{who} is rejected: {'; '.join(reasons)}", partition=shard.partition,
+                            sha256=shard.sha256, node=shard.node_name, reasons=list(reasons))  # fmt: skip
+        self._discard(shard)
+        return 0.0
+
+    def _discard(self, shard: ShardRecord) -> None:
+        """Delete the bytes of a shard that was judged bad: the verdict is kept, so they are never needed again."""
+        if not self._state.uses(shard.sha256) and self._run.blobs.has(shard.sha256):
+            if shard.sha256 in json.dumps(self._run.marker("publish")):
+                return  # Somebody handed in a published file as a shard.
+            with storage_errors(self._run.blobs.directory):
+                self._run.blobs.path(shard.sha256).unlink(missing_ok=True)
+
+    def _push_model(self, experts: int) -> None:
+        assert self._push is not None
+        self._pushed = experts
+        self._activity.say("pushing the model")
+        try:
+            where = self._push(f"{experts} of {self._config.model.n_experts} experts")
+            self._journal.event("pushed", f"the model with {experts} experts is pushed: {where}", experts=experts,
+                                url=where)  # fmt: skip
+        except HubError as error:
+            self._journal.event("push-failed", "the push failed, the run goes on and the next push carries it all: "
+                                f"{error}", experts=experts, error=str(error))  # fmt: skip
+        finally:
+            self._activity.say("")
+
+    def _end(self, experts: int) -> float:
+        self._activity.enter("evaluate")
+        if not self._state.evaluated(experts, final=True):
+            pause = self._evaluate(experts, final=True)
+            if pause:
+                return pause
+            if self._push is not None:
+                self._push_model(experts)
+        self._activity.enter("done")
+        self.done = True
+        self._journal.event("done", f"every expert has arrived: the model is in {self._run.model}", experts=experts)
+        return 0.0
+
+    def _later(self, event: str, what: str, error: ForgeError) -> float:
+        self._journal.event(event, f"{what}: {error} Trying again in {RETRY_SECONDS:.0f} s.", error=str(error))
+        self._activity.say(f"{what}; trying again soon")
+        return RETRY_SECONDS
+
+
+def _losses(loss: float | None, shared_loss: float | None) -> str:
+    if loss is None or shared_loss is None:
+        return ""
+    return f": loss {loss:.4f} on its partition, {shared_loss:.4f} without it"
+
+
+def progress_facts(event: dict[str, Any]) -> str:
+    """A job's progress event in a few words."""
+    words = [f"step {event['step']:,} of {event['steps']:,}"] if event.get("steps") else []
+    words += [f"loss {event['loss']:.3f}"] if event.get("loss") is not None else []
+    words += [f"{event['tokens_per_second']:,.0f} tokens/s"] if event.get("tokens_per_second") else []
+    words += [str(event["message"])] if event.get("message") else []
+    return ", ".join(words)

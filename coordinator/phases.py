@@ -1,0 +1,113 @@
+"""The coordinator's working thread: the stages one after another, then the experts as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import threading
+import time
+from typing import Any
+
+from coordinator.activity import SENTENCES, Activity
+from coordinator.assembler import Assembler, progress_facts
+from coordinator.blobs import Uploads
+from coordinator.jobs import RunJob, Stopped
+from coordinator.journal import Journal
+from coordinator.state import State
+from forge.checkpoint import assembly
+from forge.errors import ForgeError
+from forge.files import RunDirectory
+from forge.vocabulary import STAGES
+
+#: Seconds between two lines of progress.
+LINE_SECONDS = 5.0
+
+
+class Work:
+    """Everything that happens without being asked for by a node.
+
+    Args:
+        run: the run directory.
+        state: the coordinator's memory.
+        assembler: takes over when the run is published.
+        uploads: what is left of them is deleted when the run is done.
+        run_job: does the heavy work.
+        activity: told what happens now.
+        journal: told what happened.
+        echo: shows a line of progress.
+    """
+
+    def __init__(self, *, run: RunDirectory, state: State, assembler: Assembler, uploads: Uploads, run_job: RunJob,
+                 activity: Activity, journal: Journal, echo: Callable[[str], None]) -> None:  # fmt: skip
+        self._run, self._state, self._assembler, self._run_job = run, state, assembler, run_job
+        self._uploads, self._activity, self._journal, self._echo = uploads, activity, journal, echo
+        self._last_line = 0.0
+        self.stopping = threading.Event()
+        #: Set when the thread has nothing more to do: the run is done, it failed, or it was stopped.
+        self.ended = threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="work", daemon=True)
+
+    def start(self) -> None:
+        """Begin, or go on where the run directory says."""
+        self._thread.start()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread's end."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _main(self) -> None:
+        try:
+            self.prepare()
+            while not self._assembler.done and not self.stopping.is_set():
+                self.stopping.wait(self._assembler.step())
+            if self._assembler.done:
+                self._uploads.forget_all()
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            self.error = error
+            self._journal.event("failed", error=type(error).__name__, sentence=str(error))
+        finally:
+            self.ended.set()
+
+    def prepare(self) -> None:
+        """Run the stages that are not finished, make the model without experts, and open the partitions.
+
+        Raises:
+            ForgeError: what stopped a stage.
+            Stopped: the coordinator is being stopped.
+        """
+        for stage in STAGES:
+            if self._run.marker(stage) is None:
+                self._run_stage(stage)
+        facts = self._run.marker("publish")
+        assert facts is not None
+        assembly.start(self._run)
+        self._state.open_partitions(facts["partitions"])
+        self._activity.enter("evaluate")
+        while pause := self._assembler.first_evaluation():
+            if self.stopping.wait(pause):
+                raise Stopped
+        self._activity.enter("experts")
+        counts = self._state.counts()
+        self._journal.event("experts", f"nodes can train experts now: {counts.accepted} of {counts.total} are accepted",
+                            accepted=counts.accepted, total=counts.total)  # fmt: skip
+
+    def _run_stage(self, stage: str) -> None:
+        self._activity.enter(stage)
+        self._journal.event("stage-started", f"{SENTENCES[stage]} ...", stage=stage)
+        begun = time.monotonic()
+        self._run_job("stage", {"run_dir": str(self._run.root), "stage": stage}, self._show)
+        if self._run.marker(stage) is None:
+            raise ForgeError(f"The stage {stage} ended without a result: run the same command again to go on.")
+        seconds = time.monotonic() - begun
+        self._journal.event("stage-finished", f"{SENTENCES[stage]}: finished in {seconds:.0f} s", stage=stage,
+                            seconds=round(seconds, 1))  # fmt: skip
+
+    def _show(self, event: dict[str, Any]) -> None:
+        self._activity.progress(event)
+        now = time.monotonic()
+        if now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._echo(f"  {self._activity.snapshot().phase}: {progress_facts(event)}")

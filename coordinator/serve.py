@@ -1,0 +1,327 @@
+"""A coordinator process: opens the run, answers nodes, and works through the phases until it is stopped or done.
+
+Killed at any instant and started with the same command, it goes on: the run directory's markers and the database are
+all it needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+import ipaddress
+import logging
+from logging.handlers import RotatingFileHandler
+import os
+from pathlib import Path
+import re
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from coordinator.activity import Activity
+from coordinator.assembler import Assembler
+from coordinator.auth import Credentials
+from coordinator.blobs import Uploads, largest_shard
+from coordinator.handlers import Desk
+from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
+from coordinator.journal import Journal, print_line
+from coordinator.phases import Work
+from coordinator.servicer import SERVICES, register
+from coordinator.state import State
+from forge.config import RunConfig
+from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
+from forge.files import RunDirectory, write_json
+from forge.system import peak_resident_bytes
+
+#: Calls answered at the same time; a transfer takes one for as long as it lasts.
+WORKERS = 64
+#: Seconds that calls get to end when the coordinator is stopped.
+CALL_GRACE_SECONDS = 1.0
+#: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do. Nodes that
+#: wait in the expert phase ask every five seconds.
+FAREWELL_SECONDS = 12.0
+#: Where `status` finds a running coordinator.
+ADDRESS_FILE = "coordinator.json"
+
+_SERVER_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.so_reuseport", 0),  # a second coordinator on one port must fail, not share it
+    # A peer that vanished without a word (laptop closed, cable pulled) must not keep its stream's thread.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+]
+
+
+def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False) -> int:
+    """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
+
+    Args:
+        config: the run's config.
+        run_dir: made when it is missing, gone on with when it holds the same run.
+        listen: `HOST:PORT`; port 0 takes a free one.
+        push: `USER/REPO` on the Hub that gets the model after every accepted shard.
+        exit_when_done: return when every expert is accepted and the model evaluated.
+
+    Returns:
+        The number of the signal that stopped it, or 0.
+
+    Raises:
+        NetworkError: the address cannot be listened on.
+        RunMismatchError: the directory holds another run.
+        StorageError: the directory cannot be written, or another coordinator works on it.
+        ForgeError: what stopped a stage.
+    """
+    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done)
+    with _signals(coordinator.stop_soon) as received:
+        coordinator.start()
+        try:
+            coordinator.wait()
+        finally:
+            coordinator.stop()
+    return received[0] if received else 0
+
+
+class Coordinator:
+    """One coordinator: `start`, `wait`, `stop`.
+
+    Args:
+        config: the run's config.
+        run_dir: the run directory.
+        listen: `HOST:PORT`.
+        push: `USER/REPO` or None.
+        exit_when_done: whether `wait` returns when the run is done.
+        run_job: does the heavy work; None starts child processes.
+        echo: shows a line to whoever watches.
+        clock: seconds since the epoch.
+        database: an SQLAlchemy URL; None is the run directory's SQLite file.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
+                 exit_when_done: bool = False, run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
+                 clock: Callable[[], float] = time.time, database: str | None = None) -> None:  # fmt: skip
+        self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
+        self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
+        self._database = database
+        self._stop_asked = threading.Event()
+        self._cleanup = ExitStack()
+        self.address = ""
+
+    def start(self) -> None:
+        """Listen, open the run and begin to work. Nothing is written when the address is taken (see `serve`)."""
+        host, port = parse_listen(self._listen)
+        if self._push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self._push):
+            raise ConfigError(f"--push {self._push!r} must look like USER/REPO.")
+        with ExitStack() as undo:
+            server = grpc.server(ThreadPoolExecutor(WORKERS, "call"), options=_SERVER_OPTIONS)
+            undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())
+            bound = _bind(server, host, port)
+            self.address = f"{host}:{bound}"
+            undo.enter_context(_only_one(self._run_dir))
+            run = RunDirectory.open(self._run_dir, self._config)
+            undo.enter_context(_logging(run.root / "coordinator.log"))
+            self._assemble_parts(run, undo)
+            self._offer(server)
+            write_json(run.root / ADDRESS_FILE, {"address": self.address, "pid": os.getpid()})
+            undo.callback((run.root / ADDRESS_FILE).unlink, missing_ok=True)
+            self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
+            self._greet(host, bound, run)
+            self._work.start()
+            undo.callback(self._end_work)
+            self._cleanup = undo.pop_all()
+
+    def wait(self) -> None:
+        """Block until the run is done (with `exit_when_done`), something failed, or `stop_soon` was called.
+
+        Raises:
+            ForgeError: what failed.
+        """
+        while not self._stop_asked.wait(0.2):
+            if not self._work.ended.is_set():
+                continue
+            if self._work.error is not None:
+                raise self._work.error
+            if self._exit_when_done:
+                return self._see_off()
+
+    def stop_soon(self) -> None:
+        """Ask `wait` to return; safe in a signal handler."""
+        self._stop_asked.set()
+
+    def stop(self) -> None:
+        """Stop answering, let shared training write a last checkpoint, and close everything."""
+        self._cleanup.close()
+
+    def _assemble_parts(self, run: RunDirectory, undo: ExitStack) -> None:
+        config = self._config
+        state = State(self._database or run.database, lease_seconds=config.fleet.lease_seconds, clock=self._clock)
+        undo.callback(state.close)
+        state.extend_leases()
+        activity, journal = Activity(), Journal(run.root / "events.jsonl", self._echo)
+        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run))
+        if isinstance(job, JobRunner):
+            undo.callback(job.stop)
+        assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
+                              push=None if self._push is None else _pusher(run, self._push))  # fmt: skip
+        self._journal, self._job, self._run = journal, job, run
+        uploads = Uploads(run.blobs, largest_shard(config.model))
+        self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
+                          journal=journal, echo=self._echo)  # fmt: skip
+        self._desk = Desk(
+            config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
+            uploads=uploads, note=journal.event, credentials=Credentials.load(run.root / "coordinator.secret"))  # fmt: skip
+
+    def _offer(self, server: grpc.Server) -> None:
+        register(server, self._desk, self._echo)
+        checks = health.HealthServicer()
+        for name in ("", *SERVICES):
+            checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        server.start()
+
+    def _greet(self, host: str, port: int, run: RunDirectory) -> None:
+        self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}")
+        if not _is_loopback(host):
+            self._echo("WARNING: connections are neither encrypted nor authenticated: use a trusted network only")
+        self._echo(f"to join from this machine:  forge-node join {_reachable(host)}:{port}" if _is_loopback(host)
+                   else f"to join:  forge-node join {_reachable(host)}:{port}")  # fmt: skip
+
+    def _see_off(self) -> None:
+        """Stay until every node that was here lately has heard that nothing is left to do."""
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while time.monotonic() < deadline and not self._stop_asked.wait(0.2):
+            lately = self._clock() - FAREWELL_SECONDS
+            present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately}
+            if present <= self._desk.told_done:
+                return
+
+    def _end_work(self) -> None:
+        self._work.stopping.set()
+        if isinstance(self._job, JobRunner):
+            self._job.stop()
+        self._work.join(GRACE_SECONDS + 5.0)
+        _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
+        self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
+                            if self._stop_asked.is_set() else "")  # fmt: skip
+
+
+def parse_listen(listen: str) -> tuple[str, int]:
+    """Split `HOST:PORT`.
+
+    Raises:
+        ConfigError: it does not look like that.
+    """
+    host, colon, port = listen.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
+        raise ConfigError(f"--listen {listen!r} must look like HOST:PORT, such as 127.0.0.1:7433.")
+    return host, int(port)
+
+
+def _bind(server: grpc.Server, host: str, port: int) -> int:
+    detail: str | None = None
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        bound, detail = 0, str(error)
+    if not bound:
+        raise NetworkError(f"Cannot listen on {host}:{port}: another program uses the port, or the address is not this "
+                           "machine's; choose another one with --listen.", detail=detail)  # fmt: skip
+    return bound
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock, which the system lets go of however this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the port is the only lock.
+        yield
+        return
+    with storage_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / "coordinator.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"Another coordinator works in {run_dir}: stop it first, or choose another run "
+                               "directory.") from error  # fmt: skip
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _logging(path: Path) -> Iterator[None]:
+    with storage_errors(path):
+        handler = RotatingFileHandler(path, maxBytes=10 << 20, backupCount=1, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("coordinator")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Have SIGINT and SIGTERM call `stop`; a second one ends the process at once. Yields the signals received."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _memory_notes(run: RunDirectory) -> Callable[[str, dict[str, Any], dict[str, Any]], None]:
+    from forge.pipeline import note_memory
+
+    def note(name: str, arguments: dict[str, Any], result: dict[str, Any]) -> None:
+        note_memory(run, str(arguments.get("stage", name)), result)
+
+    return note
+
+
+def _pusher(run: RunDirectory, repo: str) -> Callable[[str], str]:
+    def push(message: str) -> str:
+        from forge.publish.hub import push_model
+
+        return push_model(run.model, repo, message=message)
+
+    return push
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """The name that another machine can use for an address that stands for all of this machine's."""
+    if host.strip("[]") not in ("0.0.0.0", "::"):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # A documentation address: nothing is sent, the system picks its route.
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
