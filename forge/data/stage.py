@@ -11,7 +11,7 @@ from forge.data.partition import assign, split_by_partition
 from forge.data.tokenizer import load_tokenizer
 from forge.data.tokens import TokenFile
 from forge.evaluate.validation import load_shared
-from forge.files import RunDirectory
+from forge.files import RunDirectory, read_json
 from forge.train.loop import Progress
 
 SPLITS = ("train", "validation", "test")
@@ -32,10 +32,11 @@ def partition_corpus(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         features, difficulty = document_features(load_shared(run), corpus, config.model.max_seq_len,
                                                  run.work / "features.f32", progress)  # fmt: skip
     tokenizer = load_tokenizer(run.data / "tokenizer.json")
-    assignment = assign(method, config.model.n_experts, train=split == 0, features=features,
+    assignment = assign(method, config.model.n_experts, split=split, features=features,
                         tokens_per_document=np.diff(corpus.offsets),
                         texts=lambda i: tokenizer.decode(corpus.document(i).tolist()),
                         labels=np.load(run.data / "label.npy"), difficulty=difficulty,
+                        label_names=read_json(run.data / "documents.json")["labels"],
                         balance=config.partition.balance, seed=config.seed)  # fmt: skip
     files = split_by_partition(corpus, split, assignment, run.work / "partitions")
     progress(stage="partition", step=len(files), steps=len(files), message="writing partitions")
