@@ -23,7 +23,7 @@ from coordinator.state import State
 from coordinator.validate import judge
 from forge.checkpoint import assembly
 from forge.config import RunConfig
-from forge.errors import ForgeError, HubError, StorageError, storage_errors
+from forge.errors import ForgeError, StorageError, storage_errors
 from forge.files import RunDirectory
 
 #: How often a job that ends without a result is started again before the coordinator goes on without it.
@@ -171,7 +171,7 @@ class Assembler:
             where = self._push(f"{experts} of {self._config.model.n_experts} experts")
             self._journal.event("pushed", f"the model with {experts} experts is pushed: {where}", experts=experts,
                                 url=where)  # fmt: skip
-        except HubError as error:
+        except ForgeError as error:
             self._journal.event("push-failed", "the push failed, the run goes on and the next push carries it all: "
                                 f"{error}", experts=experts, error=str(error))  # fmt: skip
         finally:

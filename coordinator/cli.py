@@ -71,7 +71,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
 @_report_errors
 def status(address: str | None, run_dir: Path | None, as_json: bool) -> None:
     """Show how far a run is; ADDRESS is HOST:PORT, else FORGE_COORDINATOR, else this machine's default port."""
-    from coordinator.status import describe, fetch_status, find_address
+    from coordinator.admin import describe, fetch_status, find_address
 
     answer = fetch_status(find_address(address, run_dir))
     click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))

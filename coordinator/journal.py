@@ -30,7 +30,7 @@ class Journal:
         self._echo = echo
         self._lock = threading.Lock()
 
-    def event(self, name: str, sentence: str = "", **facts: Any) -> None:
+    def event(self, name: str, sentence: str = "", /, **facts: Any) -> None:
         """Record an event and show its sentence. A disk that cannot take it stops nothing: the run matters more."""
         line = json.dumps({"ts": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name, **facts})
         with self._lock:

@@ -109,10 +109,10 @@ class Ledger:
     def nodes(self) -> list[NodeRecord]:
         """Every node with how many of its shards were accepted and rejected."""
         with self._database.transaction() as session:
-            accepted = dict(session.execute(select(Shard.node_id, func.count()).where(Shard.verdict == "accepted")
-                                            .group_by(Shard.node_id)).tuples().all())  # fmt: skip
-            rejected = dict(session.execute(select(Lease.node_id, func.count()).where(Lease.ended == "rejected")
-                                            .group_by(Lease.node_id)).tuples().all())  # fmt: skip
+            good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted").group_by(Shard.node_id)
+            bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
+            accepted = {node_id: shards for node_id, shards in session.execute(good)}
+            rejected = {node_id: shards for node_id, shards in session.execute(bad)}
             return [_node(node, accepted.get(node.id, 0), rejected.get(node.id, 0))
                     for node in session.scalars(select(Node).order_by(Node.joined_at, Node.id))]  # fmt: skip
 

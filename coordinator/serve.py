@@ -33,6 +33,7 @@ from coordinator.handlers import Desk
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
 from coordinator.journal import Journal, print_line
 from coordinator.phases import Work
+from coordinator.push import pusher
 from coordinator.servicer import SERVICES, register
 from coordinator.state import State
 from forge.config import RunConfig
@@ -128,6 +129,7 @@ class Coordinator:
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)
             self._offer(server)
+            undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())  # before what its calls use is closed
             write_json(run.root / ADDRESS_FILE, {"address": self.address, "pid": os.getpid()})
             undo.callback((run.root / ADDRESS_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
@@ -168,7 +170,7 @@ class Coordinator:
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
-                              push=None if self._push is None else _pusher(run, self._push))  # fmt: skip
+                              push=None if self._push is None else pusher(run, config, state, self._push))  # fmt: skip
         self._journal, self._job, self._run = journal, job, run
         uploads = Uploads(run.blobs, largest_shard(config.model))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
@@ -297,15 +299,6 @@ def _memory_notes(run: RunDirectory) -> Callable[[str, dict[str, Any], dict[str,
         note_memory(run, str(arguments.get("stage", name)), result)
 
     return note
-
-
-def _pusher(run: RunDirectory, repo: str) -> Callable[[str], str]:
-    def push(message: str) -> str:
-        from forge.publish.hub import push_model
-
-        return push_model(run.model, repo, message=message)
-
-    return push
 
 
 def _is_loopback(host: str) -> bool:

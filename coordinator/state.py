@@ -240,9 +240,8 @@ class State(Ledger):
             lease.active_node, lease.active_partition = lease.node_id, lease.partition
 
     def _choose(self, session: Session, node_id: str, preferred: Sequence[int]) -> Partition | None:
-        rejections = dict(session.execute(
-            select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
-            .group_by(Lease.partition)).tuples().all())  # fmt: skip
+        rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
+        rejections = {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
         free = session.scalars(select(Partition).where(Partition.state == "open"))
         allowed = [partition for partition in free if rejections.get(partition.id, 0) < MAX_REJECTIONS]
         return min(allowed, default=None, key=lambda partition: (

@@ -1,0 +1,229 @@
+"""The services over a real gRPC connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from modularforge.v1 import fleet_pb2 as pb
+import pytest
+
+from forge.errors import StorageError, TrainingError
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
+
+from .conftest import World
+from .fakes import CONFIG, LEASE_SECONDS, FakeNode, make_shard, sha256_of, until
+
+CONTINUE, ABANDON = pb.HeartbeatResponse.ORDER_CONTINUE, pb.HeartbeatResponse.ORDER_ABANDON
+PENDING, ACCEPTED = pb.Receipt.VERDICT_PENDING, pb.Receipt.VERDICT_ACCEPTED
+REJECTED = pb.Receipt.VERDICT_REJECTED
+
+
+def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str | None, str]:
+    """Status, error code and sentence of a refused call."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return error.code(), dict(error.trailing_metadata() or ()).get("forge-error-code"), error.details()
+
+
+def test_a_node_joins_and_its_key_is_always_the_same_node(world: World) -> None:
+    node = world.node("laptop")
+    first, second = node.join(), node.join()
+    assert (first.node_id, first.credential) == (second.node_id, second.credential)
+    assert first.run.config_fingerprint == CONFIG.fingerprint
+    assert (first.run.run_id, first.run.phase, first.run.name) == (world.run_id, "experts", "tiny")
+    assert sum("laptop joined" in line for line in world.said) == 1
+
+
+@pytest.mark.parametrize(("changed", "status", "words"), [
+    ({"protocol_version": PROTOCOL_VERSION + 1}, grpc.StatusCode.FAILED_PRECONDITION, "install the same version"),
+    ({"public_key": b"short"}, grpc.StatusCode.INVALID_ARGUMENT, "32 bytes"),
+    ({"name": ""}, grpc.StatusCode.INVALID_ARGUMENT, "printable"),
+    ({"name": "x" * 65}, grpc.StatusCode.INVALID_ARGUMENT, "printable"),
+    ({"name": "bell\a"}, grpc.StatusCode.INVALID_ARGUMENT, "printable"),
+])  # fmt: skip
+def test_a_wrong_introduction_is_refused_in_one_sentence(world: World, changed: dict[str, Any],
+                                                         status: grpc.StatusCode, words: str) -> None:  # fmt: skip
+    node = world.node("laptop")
+    fields = {"protocol_version": PROTOCOL_VERSION, "public_key": node.public_key, "name": "x", **changed}
+    code, error, sentence = refusal(lambda: node.stub.Join(pb.JoinRequest(**fields)))
+    assert (code, error) == (status, "protocol")
+    assert words in sentence
+
+
+def test_every_other_call_needs_the_credential(world: World) -> None:
+    node = world.node("laptop")
+    shard = make_shard(world.run, 0)
+    assignment = node.lease()
+    node.credential = "0" * 16 + "." + "0" * 64
+    calls: list[Callable[[], Any]] = [
+        node.ask, lambda: node.heartbeat("x"), lambda: node.fetch("0" * 64), lambda: node.open("x", shard),
+        lambda: node.send("x", shard), lambda: node.commit(assignment, shard, world.run_id),
+        lambda: node.stub.Release(pb.ReleaseRequest(), metadata=node.metadata)]  # fmt: skip
+    for call in calls:
+        assert refusal(call)[:2] == (grpc.StatusCode.UNAUTHENTICATED, "protocol")
+
+
+def test_a_blob_is_read_from_any_offset_but_only_if_it_is_published(world: World) -> None:
+    node = world.node("laptop")
+    blob = node.lease(1).expert.train_tokens
+    whole = node.fetch(blob.sha256)
+    assert (len(whole), sha256_of(whole)) == (blob.size, blob.sha256)
+    assert node.fetch(blob.sha256, 2 * CHUNK_BYTES + 5) == whole[2 * CHUNK_BYTES + 5 :]
+    assert node.fetch(blob.sha256, blob.size) == b""
+    assert refusal(lambda: node.fetch(blob.sha256, blob.size + 1))[0] == grpc.StatusCode.INVALID_ARGUMENT
+    secret = world.run.root / "hidden"
+    secret.write_bytes(b"not published")
+    hidden = world.run.blobs.adopt(secret)
+    for sha256 in (hidden, "../run.json", ""):
+        assert refusal(lambda sha256=sha256: node.fetch(sha256))[0] == grpc.StatusCode.NOT_FOUND
+
+
+def test_the_whole_way_of_a_shard(world: World) -> None:
+    node = world.node("laptop")
+    assignment = node.lease(2)
+    assert assignment.expert.partition == 2
+    assert assignment.expert.partition_tokens == 1002
+    assert assignment.heartbeat_seconds == LEASE_SECONDS / 4
+    assert node.lease(0).lease_id == assignment.lease_id
+    assert node.heartbeat(assignment.lease_id) == CONTINUE
+    shard = make_shard(world.run, 2)
+    assert node.open(assignment.lease_id, shard).offset == 0
+    assert node.send(assignment.lease_id, shard) == len(shard)
+    receipt = node.verdict(assignment, shard, world.run_id)
+    assert (receipt.verdict, receipt.partition, receipt.sha256) == (ACCEPTED, 2, sha256_of(shard))
+    opened = node.open(assignment.lease_id, shard)
+    assert (opened.offset, opened.receipt.verdict) == (len(shard), ACCEPTED)
+    assert node.heartbeat(assignment.lease_id) == ABANDON
+
+
+def test_an_upload_resumes_where_it_was_cut(world: World) -> None:
+    node = world.node("laptop")
+    lease_id = node.lease().lease_id
+    shard = make_shard(world.run, 0)
+
+    def cut() -> Iterator[pb.UploadRequest]:
+        yield pb.UploadRequest(lease_id=lease_id, sha256=sha256_of(shard), data=shard[:1000])
+        raise ConnectionError("the laptop was closed")
+
+    refusal(lambda: node.stub.Upload(cut(), metadata=node.metadata))
+    opened = until(lambda: node.open(lease_id, shard).offset)
+    assert opened == 1000
+    assert node.send(lease_id, shard, opened) == len(shard)
+
+
+def test_damaged_bytes_are_to_be_sent_again_and_then_refused(world: World) -> None:
+    node = world.node("laptop")
+    lease_id = node.lease().lease_id
+    shard = make_shard(world.run, 0)
+    node.open(lease_id, shard)
+    wrong = shard[:-1] + bytes([shard[-1] ^ 1])
+    send = lambda: node.send(lease_id, wrong, sha256=sha256_of(shard))  # noqa: E731
+    assert refusal(send)[:2] == (grpc.StatusCode.ABORTED, "network")
+    assert node.open(lease_id, shard).offset == 0
+    assert refusal(send)[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "shard")
+
+
+def test_a_commit_must_be_complete_signed_and_about_this_shard(world: World) -> None:
+    node, other = world.node("laptop"), world.node("thief")
+    assignment = node.lease()
+    shard = make_shard(world.run, 0)
+    commit = lambda **changed: node.commit(assignment, shard, world.run_id, **changed)  # noqa: E731
+    assert "not complete" in refusal(commit)[2]
+    node.open(assignment.lease_id, shard)
+    node.send(assignment.lease_id, shard)
+    for changed in ({"run_id": "x"}, {"partition": 1}, {"sha256": "0" * 64}, {"lease_id": "x"}):
+        code, error, sentence = refusal(lambda changed=changed: commit(**changed))
+        assert (code, error) == (grpc.StatusCode.FAILED_PRECONDITION, "shard")
+        assert next(iter(changed)).replace("_", " ") in sentence
+    assert "no such lease" in refusal(lambda: other.commit(assignment, shard, world.run_id))[2]
+    forged = pb.CommitRequest(lease_id=assignment.lease_id, sha256=sha256_of(shard), manifest=b"{}", signature=bytes(64))
+    assert "not signed" in refusal(lambda: node.stub.Commit(forged, metadata=node.metadata))[2]
+    long = pb.CommitRequest(lease_id=assignment.lease_id, sha256=sha256_of(shard), manifest=b" " * (1 << 17),
+                            signature=bytes(64))  # fmt: skip
+    assert refusal(lambda: node.stub.Commit(long, metadata=node.metadata))[0] == grpc.StatusCode.INVALID_ARGUMENT
+    assert commit().verdict in (PENDING, ACCEPTED)
+
+
+def test_a_size_that_no_shard_has_is_refused_before_a_byte_comes(world: World) -> None:
+    node = world.node("laptop")
+    lease_id = node.lease().lease_id
+    assert refusal(lambda: node.open(lease_id, b"x", size=1 << 40))[:2] == (
+        grpc.StatusCode.FAILED_PRECONDITION, "protocol")  # fmt: skip
+    assert refusal(lambda: node.open("../..", b"x"))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_waiting_nodes_hear_what_they_wait_for(make_world: Callable[[], World]) -> None:
+    world = make_world()
+    proceed: list[str] = []
+    world.jobs.before = lambda what: until(lambda: what != "shared" or proceed)
+    coordinator = world.start()
+    node = FakeNode(coordinator.address, "early")
+    world.nodes.append(node)
+    assert node.join().run.phase in ("prepare", "shared")
+    wait = until(lambda: w if (w := node.ask().wait).reason.startswith("the coordinator is training") else None)
+    assert wait.reason == "the coordinator is training the shared components"
+    assert 1 <= wait.retry_seconds <= 15
+    proceed.append("go")
+    nodes = [world.node(f"n{k}") for k in range(3)]
+    for node in nodes:
+        node.lease()
+    wait = world.node("late").ask().wait
+    assert wait.reason == "no partition is open: 0 of 3 accepted, 3 being trained by other nodes"
+    assert 1 <= wait.retry_seconds <= 15
+
+
+def test_a_node_that_waits_for_a_released_lease_gets_it(world: World) -> None:
+    node, other = world.node("laptop"), world.node("desktop")
+    first = node.lease(1)
+    node.stub.Release(pb.ReleaseRequest(lease_id=first.lease_id, reason="closing the lid"), metadata=node.metadata)
+    assert node.heartbeat(first.lease_id) == ABANDON
+    assert other.lease(1).expert.partition == 1
+
+
+def test_errors_of_this_machine_ask_to_try_again_and_do_not_leak(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = world.node("laptop")
+    desk = world.coordinator._desk  # type: ignore[union-attr]
+
+    def full(*_: object) -> None:
+        raise StorageError("The disk that holds /home/me/secret is full.")
+
+    monkeypatch.setattr(desk.state, "grant", full)
+    code, error, sentence = refusal(node.ask)
+    assert (code, error) == (grpc.StatusCode.ABORTED, "storage")
+    assert "/home" not in sentence
+    assert any("/home/me/secret" in line for line in world.said)
+
+    def broken(*_: object) -> None:
+        raise KeyError("a password")
+
+    monkeypatch.setattr(desk.state, "grant", broken)
+    code, error, sentence = refusal(node.ask)
+    assert (code, error) == (grpc.StatusCode.INTERNAL, None)
+    assert "password" not in sentence
+    assert "a password" in (world.root / "coordinator.log").read_text()
+    monkeypatch.setattr(desk.state, "grant", lambda *_: (_ for _ in ()).throw(TrainingError("x", detail="secret")))
+    assert refusal(node.ask) == (grpc.StatusCode.FAILED_PRECONDITION, "training", "x")
+
+
+def test_what_a_peer_sends_is_bounded(world: World) -> None:
+    node = world.node("laptop")
+    code, _, _ = refusal(lambda: node.ask(*range(5000)))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    machine = pb.MachineProfile(hostname="h" * 100_000 + "\x1b[2J", cores=4, memory_bytes=(1 << 64) - 1)
+    node.stub.Join(pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=node.public_key, name="x",
+                                  machine=machine))  # fmt: skip
+    held = world.coordinator._desk.state.nodes()[0].machine  # type: ignore[union-attr]
+    assert (len(held["hostname"]), held["memory_bytes"]) == (200, (1 << 63) - 1)
+    empty = iter(())
+    assert refusal(lambda: node.stub.Upload(empty, metadata=node.metadata))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_health_service_is_on(world: World) -> None:
+    node = world.node("laptop")
+    for service in ("", "modularforge.v1.FleetService", "modularforge.v1.AdminService"):
+        answer = health_pb2_grpc.HealthStub(node.channel).Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
