@@ -44,14 +44,14 @@ def start(run: RunDirectory) -> None:
         held = _manifest(model)
         for part in ("shared", "router", "shared_ffn"):
             _check_blob(run, part, published[part]["sha256"])
-        calibration = _calibration(model, held)
-        if calibration is None:
+        rescaled = _calibration(model, held)
+        if rescaled is None:
             _place(run, published["shared"]["sha256"], SHARED_FILE)
         _place(run, published["router"]["sha256"], ROUTER_FILE)
         experts = [_settle(run, partition, _row(held, partition), published["shared_ffn"]["sha256"])
                    for partition in range(config.n_experts)]  # fmt: skip
         hf.write_configuration(model, config, run.data)
-        _write(run, published, experts, calibration)
+        _write(run, published, experts, rescaled)
 
 
 def accept(run: RunDirectory, partition: int, shard_sha256: str, credit: Mapping[str, Any]) -> None:
@@ -103,6 +103,30 @@ def arrived(model_dir: Path) -> dict[int, str]:
     return found
 
 
+def calibration(model_dir: Path) -> dict[str, Any] | None:
+    """What `record_calibration` recorded last, or None.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    held = _manifest(model_dir).get("calibration")
+    return dict(held) if held else None
+
+
+def record_calibration(model_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Write into the manifest that `shared.safetensors` was rewritten, so that `start` leaves it as it is.
+
+    Args:
+        model_dir: an assembled model.
+        facts: at least `sha256`, of the rewritten file.
+
+    Raises:
+        StorageError: the directory holds no assembled model or cannot be written.
+    """
+    with _changing:
+        write_json(model_dir / MANIFEST_FILE, {**read_json(model_dir / MANIFEST_FILE), "calibration": dict(facts)})
+
+
 def is_placeholder(file: Path) -> bool:
     """Whether an expert's file is the shared FFN, waiting for the expert.
 
@@ -150,10 +174,10 @@ def _place(run: RunDirectory, sha256: str, name: str) -> None:
 
 def _calibration(model: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """The calibration that rewrote `shared.safetensors`, as long as the file is still the one it wrote."""
-    calibration = manifest.get("calibration")
-    if not calibration or not (model / SHARED_FILE).is_file():
+    held = manifest.get("calibration")
+    if not held or not (model / SHARED_FILE).is_file():
         return None
-    return dict(calibration) if hash_file(model / SHARED_FILE) == calibration["sha256"] else None
+    return dict(held) if hash_file(model / SHARED_FILE) == held["sha256"] else None
 
 
 def _settle(run: RunDirectory, partition: int, row: dict[str, Any], ffn_sha256: str) -> dict[str, Any]:
@@ -194,7 +218,7 @@ def _write_placeholder(run: RunDirectory, partition: int, ffn_sha256: str) -> No
 
 
 def _write(run: RunDirectory, published: Mapping[str, Any], experts: list[dict[str, Any]],
-           calibration: Mapping[str, Any] | None) -> None:  # fmt: skip
+           rescaled: Mapping[str, Any] | None) -> None:  # fmt: skip
     in_place = [row["partition"] for row in experts if row["sha256"] is not None]
     hf.write_index(run.model, run.config.model, {"experts_arrived": in_place})
     manifest = {
@@ -206,6 +230,6 @@ def _write(run: RunDirectory, published: Mapping[str, Any], experts: list[dict[s
         "router_sha256": published["router"]["sha256"],
         "experts": experts,
     }
-    if calibration:
-        manifest["calibration"] = dict(calibration)
+    if rescaled:
+        manifest["calibration"] = dict(rescaled)
     write_json(run.model / MANIFEST_FILE, manifest)

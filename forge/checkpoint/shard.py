@@ -64,7 +64,7 @@ def write_shard(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, s
     with atomic_file(path) as file:
         file.write(header_bytes(entries, {**FORMAT, **metadata}))
         for name in order:
-            file.write(_bytes_of(tensors[name]))
+            file.write(tensor_bytes(tensors[name]))
 
 
 def verify_shard(path: Path, config: RunConfig, *, partition: int, run_id: str, shared_sha256: str) -> dict[str, str]:
@@ -147,7 +147,8 @@ def _describe(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(int(size) for size in tensor.shape)
 
 
-def _bytes_of(tensor: Any) -> memoryview:
+def tensor_bytes(tensor: Any) -> memoryview:
+    """The bytes of a numpy array or torch tensor as a safetensors file holds them; a view of its memory if it can be."""
     if not isinstance(tensor, np.ndarray):
         import torch
 

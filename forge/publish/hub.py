@@ -12,12 +12,14 @@ from contextlib import contextmanager
 import hashlib
 import os
 from pathlib import Path
+import shutil
 import tempfile
 import time
 from typing import Any, Final
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+import psutil
 
 from forge.errors import HubError, StorageError
 from forge.files import TEMPORARY_SUFFIX, hash_file
@@ -115,8 +117,12 @@ def _pinned(model_dir: Path) -> Iterator[dict[str, Path]]:
     """The directory's files by name, held still by hard links while an assembly goes on replacing them."""
     files = [path for path in sorted(model_dir.iterdir())
              if path.is_file() and not path.name.startswith(".") and path.suffix != TEMPORARY_SUFFIX]  # fmt: skip
+    for left in model_dir.parent.glob(".push-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        holder = tempfile.TemporaryDirectory(prefix=".push-", suffix=TEMPORARY_SUFFIX, dir=model_dir.parent)
+        holder = tempfile.TemporaryDirectory(prefix=f".push-{os.getpid()}-", dir=model_dir.parent)
     except OSError:  # the directory beside the model is not ours to write: then nobody assembles there either
         yield {path.name: path for path in files}
         return

@@ -83,8 +83,10 @@ def test_the_repo_loads_at_every_commit(hub: FakeHub, run: RunDirectory, tmp_pat
 
 
 def test_nothing_new_is_no_commit(hub: FakeHub, run: RunDirectory) -> None:
+    (run.root / ".push-999999999-left").mkdir()  # by a push that was killed
     assert push(hub, run) == push(hub, run)
     assert len(hub.repos[REPO].commits) == 2
+    assert not list(run.root.glob(".push-*"))
 
 
 @pytest.mark.parametrize("pattern", [COMMIT, "GET .*/api/models/ada/tiny$", "POST /api/repos/create"])
