@@ -174,7 +174,7 @@ class FakeNode:
 
         return int(self.stub.Upload(messages(), metadata=self.metadata).offset)
 
-    def commit(self, assignment: pb.Assignment, shard: bytes, run_id: str, **changed: Any) -> pb.Receipt:
+    def commit(self, assignment: pb.Assignment, shard: bytes, run_id: str, /, **changed: Any) -> pb.Receipt:
         manifest = json.dumps({
             "run_id": run_id, "partition": assignment.expert.partition, "sha256": sha256_of(shard),
             "lease_id": assignment.lease_id, "tokens_seen": 1000, **changed}).encode()  # fmt: skip

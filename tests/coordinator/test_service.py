@@ -105,14 +105,17 @@ def test_an_upload_resumes_where_it_was_cut(world: World) -> None:
     lease_id = node.lease().lease_id
     shard = make_shard(world.run, 0)
 
+    part = world.run.blobs.directory / "incoming" / f"{sha256_of(shard)}.part"
+    assert node.open(lease_id, shard).offset == 0
+
     def cut() -> Iterator[pb.UploadRequest]:
         yield pb.UploadRequest(lease_id=lease_id, sha256=sha256_of(shard), data=shard[:1000])
+        until(lambda: part.exists() and part.stat().st_size == 1000)
         raise ConnectionError("the laptop was closed")
 
     refusal(lambda: node.stub.Upload(cut(), metadata=node.metadata))
-    opened = until(lambda: node.open(lease_id, shard).offset)
-    assert opened == 1000
-    assert node.send(lease_id, shard, opened) == len(shard)
+    assert node.open(lease_id, shard).offset == 1000
+    assert node.send(lease_id, shard, 1000) == len(shard)
 
 
 def test_damaged_bytes_are_to_be_sent_again_and_then_refused(world: World) -> None:

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+from click.testing import CliRunner
+import pytest
+
+from coordinator.cli import main
+
+from .conftest import World
+from .fakes import make_shard, until
+
+
+def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
+    assert world.coordinator is not None
+    node = world.node("laptop")
+    assignment, shard = node.lease(1), make_shard(world.run, 1)
+    node.heartbeat(assignment.lease_id)
+    shown = CliRunner().invoke(main, ["status", world.coordinator.address])
+    assert shown.exit_code == 0
+    assert "3/9" in shown.output
+    node.hand_in(assignment, shard, world.run_id)
+    node.verdict(assignment, shard, world.run_id)
+    until(lambda: world.jobs.calls.count("evaluate") == 2 and "with 1 experts" in CliRunner().invoke(
+        main, ["status", world.coordinator.address]).output)  # type: ignore[union-attr]
+    answer = json.loads(CliRunner().invoke(main, ["status", "--json", "--run-dir", str(world.root)]).output)
+    assert answer["partitions"][1] | {"progress": None} == {
+        "partition": 1, "state": "accepted", "tokens": "1001", "node_name": "laptop", "loss": 3.0, "shared_loss": 3.5,
+        "last_rejection": [], "progress": None}  # fmt: skip
+    assert answer["nodes"][0]["accepted"] == 1
+    assert [row["mean_perplexity"] for row in answer["evaluations"]] == [100.0, 99.0]
+
+
+def test_no_coordinator_is_one_sentence_and_exit_code_7(tmp_path: Path) -> None:
+    for arguments in (["127.0.0.1:1"], ["--run-dir", str(tmp_path)]):
+        result = CliRunner().invoke(main, ["status", *arguments])
+        assert result.exit_code == 7
+        assert result.stderr.startswith("error: No coordinator")
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (["--config", "nowhere.yaml"], 3), (["modle.top_k=1"], 3), (["--listen", "nonsense"], 3)])  # fmt: skip
+def test_wrong_arguments_write_nothing(arguments: list[str], code: int, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["serve", *arguments])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_starts_quickly_and_never_imports_torch() -> None:
+    code = "import coordinator.cli, coordinator.admin, sys; print([m for m in ('torch', 'grpc', 'sqlalchemy') if m in sys.modules])"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_stops_it_cleanly(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("a few words\n" * 50_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coordinator.cli", "serve", "--config", "smoke", "--listen", "127.0.0.1:0", "--run-dir",
+         str(tmp_path / "run"), f"data.source={tmp_path}/empty.txt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)  # fmt: skip
+    until(lambda: (tmp_path / "run" / "coordinator.json").exists(), 20)
+    process.send_signal(number)
+    begun = time.monotonic()
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, "")
+    assert "goes on from here" in output
+    assert time.monotonic() - begun < 10
+    assert not (tmp_path / "run" / "coordinator.json").exists()
