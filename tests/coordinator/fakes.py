@@ -65,10 +65,10 @@ def make_shard(run: RunDirectory, partition: int, seed: int = 0, poison: bool = 
     weights = tensors(names.expert_tensors(CONFIG.model, partition), 100 * seed + partition)
     if poison:
         next(iter(weights.values()))[0, 0] = np.nan
-    return save(weights, {
+    return bytes(save(weights, {
         "run_id": run.run_id, "config_fingerprint": CONFIG.fingerprint, "partition": str(partition),
         "shared_sha256": published["shared"]["sha256"], "tokens_seen": "1000", "final_loss": "3.5",
-        "format_version": SHARD_FORMAT_VERSION, **changed})  # fmt: skip
+        "format_version": SHARD_FORMAT_VERSION, **changed}))  # fmt: skip
 
 
 def sha256_of(data: bytes) -> str:

@@ -105,9 +105,10 @@ def test_the_last_shard_brings_the_final_evaluation(bench: Bench) -> None:
 @pytest.mark.parametrize("shard", ["nan", "truncated", "foreign", "of another partition"])
 def test_a_bad_shard_is_rejected_without_running_it(bench: Bench, shard: str) -> None:
     good = make_shard(bench.run, 0)
-    bad = {"nan": make_shard(bench.run, 0, poison=True), "truncated": good[:-10],
-           "foreign": make_shard(bench.run, 0, run_id="f" * 32), "of another partition": make_shard(bench.run, 1)}[shard]  # fmt: skip
-    sha256 = bench.hand_in(0, bad)
+    shards = {"nan": make_shard(bench.run, 0, poison=True), "truncated": good[:-10],
+              "foreign": make_shard(bench.run, 0, run_id="f" * 32),
+              "of another partition": make_shard(bench.run, 1)}  # fmt: skip
+    sha256 = bench.hand_in(0, shards[shard])
     bench.settle()
     partition = bench.state.partitions()[0]
     assert (partition.state, len(partition.last_rejection)) == ("open", 1)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+import shutil
 import threading
 import tracemalloc
 from typing import NamedTuple
 
 import pytest
 
-from coordinator import blobs as module
 from coordinator.blobs import HEADER_BYTES, UploadInterruptedError, Uploads, largest_shard
 from coordinator.records import LeaseRecord
 from forge.errors import ProtocolError, ShardError, StorageError
@@ -131,7 +131,7 @@ def test_a_full_disk_is_told_before_the_bytes_come(uploads: Uploads, monkeypatch
     class Usage(NamedTuple):
         free: int = 10
 
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
     with pytest.raises(StorageError, match="is full"):
         uploads.open(lease(), SHA, len(DATA))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -79,7 +80,7 @@ def test_a_blob_is_read_from_any_offset_but_only_if_it_is_published(world: World
     secret.write_bytes(b"not published")
     hidden = world.run.blobs.adopt(secret)
     for sha256 in (hidden, "../run.json", ""):
-        assert refusal(lambda sha256=sha256: node.fetch(sha256))[0] == grpc.StatusCode.NOT_FOUND
+        assert refusal(partial(node.fetch, sha256))[0] == grpc.StatusCode.NOT_FOUND
 
 
 def test_the_whole_way_of_a_shard(world: World) -> None:
@@ -124,7 +125,7 @@ def test_damaged_bytes_are_to_be_sent_again_and_then_refused(world: World) -> No
     shard = make_shard(world.run, 0)
     node.open(lease_id, shard)
     wrong = shard[:-1] + bytes([shard[-1] ^ 1])
-    send = lambda: node.send(lease_id, wrong, sha256=sha256_of(shard))  # noqa: E731
+    send = partial(node.send, lease_id, wrong, sha256=sha256_of(shard))
     assert refusal(send)[:2] == (grpc.StatusCode.ABORTED, "network")
     assert node.open(lease_id, shard).offset == 0
     assert refusal(send)[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "shard")
@@ -134,12 +135,16 @@ def test_a_commit_must_be_complete_signed_and_about_this_shard(world: World) -> 
     node, other = world.node("laptop"), world.node("thief")
     assignment = node.lease()
     shard = make_shard(world.run, 0)
-    commit = lambda **changed: node.commit(assignment, shard, world.run_id, **changed)  # noqa: E731
+
+    def commit(**changed: Any) -> pb.Receipt:
+        return node.commit(assignment, shard, world.run_id, **changed)
+
     assert "not complete" in refusal(commit)[2]
     node.open(assignment.lease_id, shard)
     node.send(assignment.lease_id, shard)
-    for changed in ({"run_id": "x"}, {"partition": 1}, {"sha256": "0" * 64}, {"lease_id": "x"}):
-        code, error, sentence = refusal(lambda changed=changed: commit(**changed))
+    wrong: tuple[dict[str, Any], ...] = ({"run_id": "x"}, {"partition": 1}, {"sha256": "0" * 64}, {"lease_id": "x"})
+    for changed in wrong:
+        code, error, sentence = refusal(partial(commit, **changed))
         assert (code, error) == (grpc.StatusCode.FAILED_PRECONDITION, "shard")
         assert next(iter(changed)).replace("_", " ") in sentence
     assert "no such lease" in refusal(lambda: other.commit(assignment, shard, world.run_id))[2]
