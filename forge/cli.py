@@ -292,3 +292,7 @@ def _threads(threads: int | None) -> int:
     from forge.system import physical_cores
 
     return threads or physical_cores()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from forge.checkpoint.assembly import arrived
-from forge.checkpoint.calibrate import calibrate
 from forge.evaluate.plots import loss_curves, perplexity_plot, router_heat_map
 from forge.evaluate.report import evaluate_model
 from forge.evaluate.validation import load_shared, partition_loss
@@ -27,6 +26,8 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     tests = [run.blobs.path(file["test"]["sha256"]) for file in published["partitions"]]
     calibration = None
     if final and config.assembly.calibrate_norms:
+        from forge.checkpoint.calibrate import calibrate
+
         validation = [run.blobs.path(file["validation"]["sha256"]) for file in published["partitions"]]
         calibration = calibrate(run.model, validation, 0, config.model.max_seq_len, config.evaluation.tokens)
     report = _report(run)
