@@ -44,7 +44,7 @@ def write_corpus(path: Path, documents: int = 240) -> Path:
 def small_config(corpus: Path, *overrides: str) -> RunConfig:
     """A run of seconds."""
     return load_config("smoke", [
-        f"data.source={corpus}", "data.validation_fraction=0.15", "data.test_fraction=0.15", "model.vocab_size=400",
+        f"data.source={corpus}", "data.validation_fraction=0.15", "data.test_fraction=0.15", "model.vocab_size=340",
         "model.d_model=64", "model.d_ff=192", "model.n_layers=2", "model.n_heads=2", "model.max_seq_len=640",
         "train.batch_size=4", "train.shared.tokens=40000", "train.expert.tokens=16000", "router.tokens=20000",
         "evaluation.tokens=3000", "evaluation.samples=1", "evaluation.sample_tokens=8",
@@ -96,7 +96,7 @@ def _test_windows(run: RunDirectory, partition: int) -> Any:
 
 def _compare(model_dir: Path) -> tuple[float, bool]:
     """Largest difference of our logits from transformers' on 512 tokens, and whether both generate alike."""
-    tokens = torch.randint(1, 400, (1, 512), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(1, 340, (1, 512), generator=torch.Generator().manual_seed(5))
     theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     ours = MixtureLM.load(model_dir)
     with torch.inference_mode():
