@@ -202,7 +202,7 @@ class PhaseConfig(Section):
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: torch.optim.Muon for hidden matrices, AdamW for the rest. adamw: AdamW for all."""
+    """muon: Muon for hidden matrices, AdamW for the rest. adamw: AdamW for all."""
 
 
 class ExpertPhaseConfig(PhaseConfig):

@@ -96,7 +96,7 @@ def train(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings, prog
     with storage_errors(settings.directory):
         settings.directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(parameters, settings.phase)
+    optimizer = Optimizer(parameters, settings.phase, settings.autocast or torch.float32)
     facts = load_checkpoint(settings.checkpoint, parameters, optimizer)
     step = 0 if facts is None else int(facts["step"])
     losses = _keep_metrics(settings.metrics, step)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from forge.config import PhaseConfig
+from forge.train.muon import Muon
 
 #: Betas of AdamW; 0.95 rather than 0.999 for the second moment, as is usual for language models of this kind.
 ADAM_BETAS = (0.9, 0.95)
@@ -20,18 +21,19 @@ class Optimizer:
     Args:
         parameters: name -> parameter; those with `requires_grad` False are left out and cost no state.
         phase: learning rate, weight decay and the choice of optimiser.
+        dtype: type of Muon's orthogonalisation.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], phase: PhaseConfig) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], phase: PhaseConfig,
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         self.phase = phase
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         hidden = {n for n, p in self.parameters.items()
                   if phase.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n}  # fmt: skip
         self._optimizers: list[torch.optim.Optimizer] = []
         if hidden:
-            self._optimizers.append(torch.optim.Muon(
-                [p for n, p in self.parameters.items() if n in hidden], lr=phase.learning_rate,
-                weight_decay=phase.weight_decay, adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+            self._optimizers.append(Muon(
+                [p for n, p in self.parameters.items() if n in hidden], phase.learning_rate, phase.weight_decay, dtype))  # fmt: skip
         rest = {n: p for n, p in self.parameters.items() if n not in hidden}
         groups = [{"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": phase.weight_decay},
                   {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip

@@ -74,16 +74,15 @@ def test_steps_after_the_last_checkpoint_are_taken_again_and_counted_once(tmp_pa
     assert steps == list(range(1, 25))
 
 
-# Muon orthogonalises in bfloat16, which amplifies the rounding of another order of summation.
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-3)])
-def test_the_micro_batch_does_not_change_the_result(tmp_path: Path, optimizer: str, tolerance: float) -> None:
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_micro_batch_does_not_change_the_result(tmp_path: Path, optimizer: str) -> None:
     losses = []
     for micro_batch in (1, 4):
         directory = tmp_path / str(micro_batch)
         train(_model(), CountingSampler(), _settings(directory, micro_batch=micro_batch, optimizer=optimizer), _silent,  # type: ignore[arg-type]
               lambda: False)  # fmt: skip
         losses.append([json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-4)
 
 
 def test_frozen_parameters_stay_and_cost_no_state(tmp_path: Path) -> None:
