@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from coordinator.activity import SENTENCES, Activity
-from coordinator.assembler import Assembler, progress_facts
+from coordinator.assembler import ATTEMPTS, RETRY_SECONDS, Assembler, progress_facts
 from coordinator.blobs import Uploads
 from coordinator.jobs import RunJob, Stopped
 from coordinator.journal import Journal
@@ -98,12 +98,28 @@ class Work:
         self._activity.enter(stage)
         self._journal.event("stage-started", f"{SENTENCES[stage]} ...", stage=stage)
         begun = time.monotonic()
-        self._run_job("stage", {"run_dir": str(self._run.root), "stage": stage}, self._show)
+        self._try_stage(stage)
         if self._run.marker(stage) is None:
             raise ForgeError(f"The stage {stage} ended without a result: run the same command again to go on.")
         seconds = time.monotonic() - begun
         self._journal.event("stage-finished", f"{SENTENCES[stage]}: finished in {seconds:.0f} s", stage=stage,
                             seconds=round(seconds, 1))  # fmt: skip
+
+    def _try_stage(self, stage: str) -> None:
+        """Run a stage's job. One that died without a word is started again: it goes on from its checkpoint."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._run_job("stage", {"run_dir": str(self._run.root), "stage": stage}, self._show)
+                return
+            except ForgeError as error:
+                # The subclasses are about the run and come again; the plain one is about the process.
+                if type(error) is not ForgeError or attempt == ATTEMPTS:
+                    raise
+                self._journal.event(
+                    "stage-failed", f"{error} Trying again in {RETRY_SECONDS:.0f} s (attempt {attempt} of {ATTEMPTS}).",
+                    stage=stage, error=str(error))  # fmt: skip
+            if self.stopping.wait(RETRY_SECONDS):
+                raise Stopped
 
     def _show(self, event: dict[str, Any]) -> None:
         self._activity.progress(event)

@@ -32,8 +32,8 @@ class Optimizer:
                   if phase.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n}  # fmt: skip
         self._optimizers: list[torch.optim.Optimizer] = []
         if hidden:
-            self._optimizers.append(Muon(
-                [p for n, p in self.parameters.items() if n in hidden], phase.learning_rate, phase.weight_decay, dtype))  # fmt: skip
+            matrices = [p for n, p in self.parameters.items() if n in hidden]
+            self._optimizers.append(Muon(matrices, phase.learning_rate, phase.weight_decay, dtype))
         rest = {n: p for n, p in self.parameters.items() if n not in hidden}
         groups = [{"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": phase.weight_decay},
                   {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
