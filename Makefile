@@ -13,7 +13,7 @@ test: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy forge coordinator node benchmarks
+	$(BIN)/mypy forge coordinator node benchmarks tests
 	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
 	$(BIN)/python -m pytest -q tests/test_layout.py
 

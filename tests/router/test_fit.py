@@ -52,7 +52,7 @@ def test_rows_without_a_bias_route_nearly_as_well_as_with_one(method: str) -> No
     statistics = _statistics(x, labels)
     weights, bias = {"lda": lda, "ridge": ridge, "centroid": centroid}[method](statistics, 1e-3)
     with_bias = (np.argmax(held_out @ weights.T + bias, axis=1) == truth).mean()
-    rows = fit_rows(statistics, RouterConfig(method=method))  # type: ignore[arg-type]
+    rows = fit_rows(statistics, RouterConfig(method=method))
     without = (np.argmax(held_out @ rows.T, axis=1) == truth).mean()
     assert with_bias > 0.5
     assert without > with_bias - 0.05

@@ -31,7 +31,7 @@ def _model() -> DenseLM:
 
 def _settings(directory: Path, *, micro_batch: int = 4, steps: int = 24, rate: float = 0.01,
               optimizer: str = "muon", checkpoint_seconds: float = 0.0) -> LoopSettings:  # fmt: skip
-    phase = PhaseConfig(tokens=steps * 4 * 16, learning_rate=rate, optimizer=optimizer)  # type: ignore[arg-type]
+    phase = PhaseConfig(tokens=steps * 4 * 16, learning_rate=rate, optimizer=optimizer)
     return LoopSettings(phase=phase, batch_size=4, sequence_length=16, micro_batch=micro_batch, directory=directory,
                         checkpoint_seconds=checkpoint_seconds, stage="test")  # fmt: skip
 
@@ -54,9 +54,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, optimizer: str) 
     train(whole, CountingSampler(), _settings(tmp_path / "a", optimizer=optimizer), _silent, lambda: False)  # type: ignore[arg-type]
     for limit in (5, 1, 9, 99):
         parts = _model()  # What a new process starts from: the checkpoint must bring back everything.
-        answers = iter([False] * limit + [True])
+        stop = iter([False] * limit + [True]).__next__
         result = train(parts, CountingSampler(), _settings(tmp_path / "b", optimizer=optimizer), _silent,  # type: ignore[arg-type]
-                       lambda answers=answers: next(answers))  # fmt: skip
+                       stop)  # fmt: skip
     assert result.finished
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
