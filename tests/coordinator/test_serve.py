@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from coordinator import phases
 from coordinator.serve import Coordinator, parse_listen
 from forge.errors import ConfigError, DataError, ForgeError, NetworkError, RunMismatchError, StorageError
 from forge.vocabulary import STAGES
@@ -151,3 +152,17 @@ def test_listening_for_other_machines_warns(make_world: Callable[[], World]) -> 
     world.start(listen="0.0.0.0:0")
     assert any("neither encrypted nor authenticated" in line for line in world.said)
     assert not any("join 0.0.0.0" in line or "join:  forge-node join 0.0.0.0" in line for line in world.said)
+
+
+def test_a_stage_whose_process_died_is_started_again_a_few_times(make_world: Callable[[], World],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(phases, "RETRY_SECONDS", 0.01)
+    world = make_world()
+    world.jobs.failures["shared"] = [ForgeError("killed by SIGKILL")]
+    world.start()
+    world.node("laptop")
+    assert world.jobs.calls.count("shared") == 2
+    other = make_world()
+    other.jobs.failures["shared"] = [ForgeError("killed by SIGKILL")] * 3
+    with pytest.raises(ForgeError, match="SIGKILL"):
+        other.start().wait()
