@@ -7,8 +7,8 @@ directory of the model. Interrupted and started again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+import re
 import shutil
 import socket
 import subprocess
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NODES = 2
 #: Seconds that the nodes may take to notice that the run is done: one wait between two requests for work.
 _LEAVE_SECONDS = 30
+#: What a node says of its training process at the end: partition, measured and predicted peak.
+_TRAINER = re.compile(r"trainer of partition (\d+): peak memory: measured (\S+) of predicted (\S+),")
+_trainers: list[str] = []
 
 
 def main() -> int:
@@ -67,26 +70,18 @@ def main() -> int:
         for process in processes.values():
             process.kill()
     print_evaluation(options.run_dir)
-    _print_experts(options.run_dir)
+    print("".join(_trainers), end="")
     for name, peak in peaks.items():
         print(f"{name + ' (without torch)':28}{format_size(peak):>9}")
     print(f"\nmodel: {options.run_dir / 'model'}   ({time.monotonic() - started:.0f} s)")
     return 0
 
 
-def _print_experts(run_dir: Path) -> None:
-    manifest = json.loads((run_dir / "model" / "modularforge.json").read_text())
-    for expert in manifest["experts"]:
-        credit = expert["credit"] or {}
-        if "peak_bytes" in credit:
-            name = f"expert {expert['partition']} on {credit['node_name']}"
-            print(f"{name:28}"
-                  f"{format_size(credit['peak_bytes']):>9}{format_size(credit['predicted_bytes']):>11}")  # fmt: skip
-
-
 def _relay(name: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
+        if (found := _TRAINER.match(line)) is not None:
+            _trainers.append(f"{f'expert {found[1]} on {name}':28}{found[2]:>9}{found[3]:>11}\n")
         print(f"[{name}] {line}", end="", flush=True)
 
 

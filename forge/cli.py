@@ -212,9 +212,23 @@ def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, 
 @report_errors
 def push(model_dir: Path, repo: str, private: bool) -> None:
     """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
+    from forge.files import RunDirectory, read_json
+    from forge.publish.card import model_card
     from forge.publish.hub import push_model
+    from forge.vocabulary import INDEX_FILE
 
-    click.echo(push_model(model_dir, repo, message="Push the assembled model", private=private))
+    if not (model_dir / INDEX_FILE).is_file():
+        raise StorageError(f"{model_dir} holds no assembled model: it has no {INDEX_FILE}.")
+    facts: dict[str, Any] = {"name": model_dir.resolve().name, "repo": repo}
+    evaluation = None
+    if (model_dir.parent / "run.yaml").is_file():
+        opened = RunDirectory(model_dir.parent)
+        facts |= {"name": opened.config.name, "config": opened.config.model_dump(mode="json"),
+                  "maturity": (opened.marker("shared") or {}).get("maturity")}  # fmt: skip
+        report = opened.reports / "evaluation.json"
+        evaluation = read_json(report)["rows"][-1] if report.is_file() else None
+    card = model_card(model_dir, run=facts, evaluation=evaluation)
+    click.echo(push_model(model_dir, repo, message="Push the assembled model", card=card, private=private))
 
 
 class Printer:

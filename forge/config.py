@@ -231,7 +231,7 @@ class AssemblyConfig(Section):
     margin: float = Field(default=0.0, ge=0.0)
     """Nats by which a shard must beat the shared components on its partition's validation documents."""
     calibrate_norms: bool = False
-    """Rescale the post-attention norms in closed form after the last shard, kept only if validation loss improves."""
+    """Rescale the final norm in closed form after the last shard, kept only if the validation loss improves."""
 
 
 class EvaluationConfig(Section):
