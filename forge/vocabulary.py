@@ -20,6 +20,8 @@ CHUNK_BYTES: Final = 1 << 20
 STAGES: Final = ("prepare", "shared", "partition", "router", "publish")
 
 END_OF_TEXT: Final = "<|endoftext|>"
+#: Its id in every tokenizer of ours: the first special token.
+END_OF_TEXT_ID: Final = 0
 
 #: Files of the assembled model.
 SHARED_FILE: Final = "shared.safetensors"

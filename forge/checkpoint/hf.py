@@ -16,14 +16,12 @@ from forge.config import ModelConfig
 from forge.errors import StorageError
 from forge.files import link_or_copy, write_json
 from forge.model import names
-from forge.vocabulary import INDEX_FILE, ROUTER_FILE, SHARED_FILE, expert_file
+from forge.vocabulary import END_OF_TEXT_ID, INDEX_FILE, ROUTER_FILE, SHARED_FILE, expert_file
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_FILE: Final = "generation_config.json"
 #: Copied from the run's data directory; the first must be there.
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json")
-#: The end-of-text token is the tokenizer's first special token; it also begins a text.
-END_OF_TEXT_ID: Final = 0
 
 
 def mixtral_config(model: ModelConfig) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from forge.files import atomic_file
 from forge.model.lm import DenseLM
 from forge.train.loop import Progress
 from forge.train.loss import chunked_cross_entropy
+from forge.vocabulary import END_OF_TEXT_ID
 
 
 def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Path, progress: Progress,
-                      eos_id: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:  # fmt: skip
+                      eos_id: int = END_OF_TEXT_ID) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:  # fmt: skip
     """Mean hidden state and mean loss of the first window of every document.
 
     The states, after the final norm, are written to a memory-mapped file: memory does not grow with the corpus.

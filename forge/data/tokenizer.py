@@ -16,9 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forge.errors import DataError
 from forge.files import write_bytes, write_json
-from forge.vocabulary import END_OF_TEXT
+from forge.vocabulary import END_OF_TEXT, END_OF_TEXT_ID
 
-END_OF_TEXT_ID = 0
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Characters encoded in one piece: the library keeps some 150 bytes a token while it encodes.

@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 
 from forge.config import EvaluationConfig
 from forge.data.packing import evaluation_windows
-from forge.data.tokenizer import END_OF_TEXT_ID, encode_documents, load_tokenizer, token_bytes
+from forge.data.tokenizer import encode_documents, load_tokenizer, token_bytes
 from forge.data.tokens import TokenFile
 from forge.errors import ConfigError, DataError, StorageError
 from forge.evaluate.generate import generate
 from forge.evaluate.perplexity import Loss, equal_weight_mean, expert_matrix, measure, perplexity, pooled
 from forge.evaluate.router_report import RouterReport
 from forge.model.moe import MixtureLM, Routing
+from forge.vocabulary import END_OF_TEXT_ID
 
 #: Tokens of a held-out document that a generated sample continues.
 PROMPT_TOKENS = 16

@@ -10,6 +10,7 @@ from forge.evaluate.report import evaluate_model
 from forge.evaluate.validation import load_shared, partition_loss
 from forge.files import RunDirectory, read_json, write_json
 from forge.train.loop import Progress
+from forge.vocabulary import END_OF_TEXT_ID
 
 
 def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
         from forge.checkpoint.calibrate import calibrate
 
         validation = [run.blobs.path(file["validation"]["sha256"]) for file in published["partitions"]]
-        calibration = calibrate(run.model, validation, 0, config.model.max_seq_len, config.evaluation.tokens)
+        calibration = calibrate(run.model, validation, END_OF_TEXT_ID, config.model.max_seq_len, config.evaluation.tokens)
     report = _report(run)
     if report["shared_losses"] is None:
         shared = load_shared(run)

@@ -12,6 +12,7 @@ from forge.errors import ShardError
 from forge.evaluate.perplexity import document_losses
 from forge.files import RunDirectory
 from forge.model.lm import DenseLM, load_dense
+from forge.vocabulary import END_OF_TEXT_ID
 
 
 def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | None = None) -> DenseLM:
@@ -26,7 +27,7 @@ def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | N
 def partition_loss(run: RunDirectory, model: DenseLM, token_blob: str) -> float | None:
     """Loss, in nats a token, on a token blob of the run; None when it holds no token."""
     config = run.config
-    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), config.model.max_seq_len, 0,
+    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), config.model.max_seq_len, END_OF_TEXT_ID,
                                  config.evaluation.tokens)  # fmt: skip
     nats, tokens = document_losses(model, windows)
     return nats / tokens if tokens else None

@@ -19,6 +19,7 @@ from forge.model.names import gate_name
 from forge.router.fit import fit_rows, fit_temperature
 from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs, save_statistics
 from forge.train.loop import Progress
+from forge.vocabulary import END_OF_TEXT_ID
 
 #: Held-out tokens a partition for the temperatures: one number a layer needs few.
 TEMPERATURE_TOKENS = 20_000
@@ -72,4 +73,4 @@ def temperatures(model: DenseLM, config: RunConfig, rows: Sequence[Array],
 
 
 def _windows(path: Path, config: RunConfig, tokens: int) -> Iterator[np.ndarray]:
-    return evaluation_windows(TokenFile(path), config.model.max_seq_len, 0, tokens)
+    return evaluation_windows(TokenFile(path), config.model.max_seq_len, END_OF_TEXT_ID, tokens)

@@ -18,7 +18,7 @@ from forge.model.lm import DenseLM, load_dense
 from forge.train.loop import LoopSettings, Progress, train
 from forge.train.memory import plan
 from forge.train.precision import autocast_dtype, resolve_device
-from forge.vocabulary import SHARD_FORMAT_VERSION
+from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION
 
 
 def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, progress: Progress,
@@ -47,7 +47,7 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     partition = int(assignment["partition"])
     model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
-                              expert_seed(config, partition), 0)  # fmt: skip
+                              expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(
         phase=config.train.expert, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, directory=work_dir, checkpoint_seconds=config.train.checkpoint_seconds,

@@ -18,6 +18,7 @@ from forge.model.lm import DenseLM
 from forge.train.loop import LoopSettings, Progress, train
 from forge.train.memory import plan
 from forge.train.precision import autocast_dtype, resolve_device
+from forge.vocabulary import END_OF_TEXT_ID
 
 
 def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: Callable[[], bool],
@@ -40,7 +41,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
     model.to(device)
     corpus = TokenFile(run.data / "corpus.safetensors")
     training = np.flatnonzero(np.load(run.data / "split.npy") == 0)
-    sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, 0, training)
+    sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, END_OF_TEXT_ID, training)
     result = train(model, sampler, LoopSettings(
         phase=config.train.shared, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, directory=run.work / "shared", stage="shared", device=device,

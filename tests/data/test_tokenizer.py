@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from forge.data.tokenizer import (
-    END_OF_TEXT_ID,
     encode_documents,
     load_tokenizer,
     split_pieces,
@@ -20,6 +19,7 @@ from forge.data.tokenizer import (
     train_tokenizer,
 )
 from forge.errors import DataError
+from forge.vocabulary import END_OF_TEXT_ID
 
 CORPUS = [Path(argparse_file).read_text(encoding="utf-8"), "Größe, naïve café — 日本語 🙂\n"]
 SAMPLES = [*CORPUS, "", " ", "\n\n  x\n", "a<|endoftext|>b", "it's I'LL\t\tgo  now", "\x00\x7f\u2028 é", "𝒳" * 5]
