@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from coordinator.assembler import Push
 from coordinator.state import State
-from forge.config import RunConfig
 from forge.files import RunDirectory
 
 
-def pusher(run: RunDirectory, config: RunConfig, state: State, repo: str) -> Push:
+def pusher(run: RunDirectory, state: State, repo: str) -> Push:
     """A function that pushes the run's model directory, as it is then, to `repo` (`USER/REPO`)."""
 
     def push(message: str) -> str:
-        from forge.publish.card import model_card
+        from forge.publish.card import model_card, run_facts
         from forge.publish.hub import push_model
 
         evaluations = state.evaluations()
-        facts = {"name": config.name, "config": config.model_dump(mode="json"), "repo": repo,
-                 "maturity": (run.marker("shared") or {}).get("maturity")}  # fmt: skip
-        card = model_card(run.model, run=facts, evaluation=evaluations[-1] if evaluations else None)
+        card = model_card(run.model, run=run_facts(run, repo), evaluation=evaluations[-1] if evaluations else None)
         return push_model(run.model, repo, message=message, card=card)
 
     return push

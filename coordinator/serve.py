@@ -170,7 +170,7 @@ class Coordinator:
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
-                              push=None if self._push is None else pusher(run, config, state, self._push))  # fmt: skip
+                              push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
         self._journal, self._job, self._run = journal, job, run
         uploads = Uploads(run.blobs, largest_shard(config.model))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,

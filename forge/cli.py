@@ -213,7 +213,7 @@ def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, 
 def push(model_dir: Path, repo: str, private: bool) -> None:
     """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
     from forge.files import RunDirectory, read_json
-    from forge.publish.card import model_card
+    from forge.publish.card import model_card, run_facts
     from forge.publish.hub import push_model
     from forge.vocabulary import INDEX_FILE
 
@@ -223,8 +223,7 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
     evaluation = None
     if (model_dir.parent / "run.yaml").is_file():
         opened = RunDirectory(model_dir.parent)
-        facts |= {"name": opened.config.name, "config": opened.config.model_dump(mode="json"),
-                  "maturity": (opened.marker("shared") or {}).get("maturity")}  # fmt: skip
+        facts = run_facts(opened, repo)
         report = opened.reports / "evaluation.json"
         evaluation = read_json(report)["rows"][-1] if report.is_file() else None
     card = model_card(model_dir, run=facts, evaluation=evaluation)

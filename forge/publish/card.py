@@ -15,7 +15,7 @@ from typing import Any, Final
 import yaml
 
 from forge.checkpoint.hf import CONFIG_FILE
-from forge.files import read_json
+from forge.files import RunDirectory, read_json
 from forge.vocabulary import INDEX_FILE, MANIFEST_FILE
 
 #: Sources that have another name on the Hub.
@@ -53,6 +53,13 @@ def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[s
     ]
     front = yaml.safe_dump(_front_matter(name, run, evaluation), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def run_facts(run: RunDirectory, repo: str) -> dict[str, Any]:
+    """What a run directory knows for `model_card`: name, config, maturity, and the repo it is pushed to."""
+    config = run.config
+    return {"name": config.name, "config": config.model_dump(mode="json"), "repo": repo,
+            "maturity": (run.marker("shared") or {}).get("maturity")}  # fmt: skip
 
 
 def _front_matter(name: str, run: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
