@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from forge.config import ModelConfig
 from forge.errors import StorageError
 from forge.model import names
 from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
 from forge.model.layers import FeedForward, Linear, RMSNorm
+from forge.model.recompute import recomputed
 
 #: Standard deviation of initial weights (GPT-2's; residual projections get it divided by sqrt(2 n_layers)).
 INITIAL_STD = 0.02
@@ -123,7 +123,7 @@ class DenseLM(nn.Module):
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
         for index, layer in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                x_BTD, gate_input_BTD = checkpoint(layer, x_BTD, rotary, use_reentrant=False, preserve_rng_state=False)
+                x_BTD, gate_input_BTD = recomputed(layer, x_BTD, rotary)
             else:
                 x_BTD, gate_input_BTD = layer(x_BTD, rotary, cache, index)
             if gate_inputs is not None:

@@ -6,12 +6,10 @@ against 140 in float32 (AVX2, two cores), so the optimiser took most of every st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 #: Coefficients and count of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon", section "Design").
@@ -22,35 +20,25 @@ EPSILON = 1e-7
 ADAMW_RMS = 0.2
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for matrices.
+@torch.no_grad()
+def muon_update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: float, weight_decay: float,
+                dtype: torch.dtype) -> None:  # fmt: skip
+    """One step: momentum, orthogonalised.
 
     Args:
-        parameters: matrices.
+        parameter: a matrix, updated in place.
+        gradient: its gradient; it is overwritten.
+        state: `momentum_buffer`; empty before the first step.
         lr: learning rate in AdamW's units.
         weight_decay: decoupled.
         dtype: type of the orthogonalisation.
     """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-                update = orthogonalise(parameter.grad.lerp(buffer, MOMENTUM), self.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = ADAMW_RMS * math.sqrt(max(parameter.shape))
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    buffer = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+    update = orthogonalise(gradient.lerp_(buffer, MOMENTUM), dtype)
+    parameter.mul_(1 - lr * weight_decay)
+    parameter.add_(update.to(parameter.dtype), alpha=-lr * ADAMW_RMS * math.sqrt(max(parameter.shape)))
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from forge.config import PhaseConfig
-from forge.train.muon import Muon
-
-#: Betas of AdamW; 0.95 rather than 0.999 for the second moment, as is usual for language models of this kind.
-ADAM_BETAS = (0.9, 0.95)
+from forge.train.adamw import adamw_update
+from forge.train.muon import muon_update
 
 
 class Optimizer:
@@ -28,43 +26,35 @@ class Optimizer:
                  dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         self.phase = phase
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        hidden = {n for n, p in self.parameters.items()
-                  if phase.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n}  # fmt: skip
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if hidden:
-            matrices = [p for n, p in self.parameters.items() if n in hidden]
-            self._optimizers.append(Muon(matrices, phase.learning_rate, phase.weight_decay, dtype))
-        rest = {n: p for n, p in self.parameters.items() if n not in hidden}
-        groups = [{"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": phase.weight_decay},
-                  {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-        groups = [group for group in groups if group["params"]]
-        if groups:
-            self._optimizers.append(torch.optim.AdamW(groups, lr=phase.learning_rate, betas=ADAM_BETAS, foreach=False))
+        self._dtype = dtype
+        self._state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
 
     def step(self, learning_rate: float) -> None:
         """Update every parameter at `learning_rate` and drop the gradients."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            decay = self.phase.weight_decay if parameter.ndim >= 2 else 0.0
+            if self._is_hidden(name):
+                muon_update(parameter, parameter.grad, self._state[name], learning_rate, decay, self._dtype)
+            else:
+                adamw_update(parameter, parameter.grad, self._state[name], learning_rate, decay)
+            parameter.grad = None
+
+    def _is_hidden(self, name: str) -> bool:
+        matrix = self.parameters[name].ndim == 2
+        return self.phase.optimizer == "muon" and matrix and "embed" not in name and "lm_head" not in name
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state as named tensors: `optimizer.<parameter>.<slot>`."""
-        names = {id(p): n for n, p in self.parameters.items()}
-        return {f"optimizer.{names[id(parameter)]}.{slot}": value if isinstance(value, Tensor) else torch.tensor(value)
-                for optimizer in self._optimizers for parameter, slots in optimizer.state.items()
-                for slot, value in slots.items()}  # fmt: skip
+        return {f"optimizer.{name}.{slot}": value for name, slots in self._state.items() for slot, value in slots.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state_tensors` gave."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = next(n for n, p in self.parameters.items() if p is parameter)
-                    prefix = f"optimizer.{name}."
-                    optimizer.state[parameter] = {key.removeprefix(prefix): value.clone()
-                                                  for key, value in tensors.items() if key.startswith(prefix)}  # fmt: skip
+        """Put back what `state_tensors` gave; each tensor moves to its parameter's device."""
+        for name, parameter in self.parameters.items():
+            prefix = f"optimizer.{name}."
+            self._state[name] = {key.removeprefix(prefix): value.to(parameter.device, copy=True) if value.ndim else value
+                                 for key, value in tensors.items() if key.startswith(prefix)}  # fmt: skip
 
 
 def learning_rate(phase: PhaseConfig, step: int, steps: int) -> float:
