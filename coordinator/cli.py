@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import functools
 import json
 from pathlib import Path
 import signal
 import sys
-from typing import Any
 
 import click
 
-from forge.errors import ForgeError
+from forge.errors import INTERRUPTED, report_errors
 from forge.vocabulary import DEFAULT_PORT
-
-#: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
-INTERRUPTED = 130
-
-
-def _report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's error becomes one sentence on stderr and its documented exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ForgeError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return wrapped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,7 +30,7 @@ def main() -> None:
 @click.option("--push", default=None, metavar="USER/REPO",
               help="Push the model to the Hub after every accepted expert.")  # fmt: skip
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
-@_report_errors
+@report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
           exit_when_done: bool) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
@@ -68,7 +48,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
 @click.option("--run-dir", type=click.Path(path_type=Path), default=None,
               help="Ask the coordinator that works in this directory.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_report_errors
+@report_errors()
 def status(address: str | None, run_dir: Path | None, as_json: bool) -> None:
     """Show how far a run is; ADDRESS is HOST:PORT, else FORGE_COORDINATOR, else this machine's default port."""
     from coordinator.admin import describe, fetch_status, find_address

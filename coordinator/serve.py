@@ -38,7 +38,7 @@ from coordinator.servicer import SERVICES, register
 from coordinator.state import State
 from forge.config import RunConfig
 from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
-from forge.files import RunDirectory, write_json
+from forge.files import Beginning, RunDirectory, write_json
 from forge.system import peak_resident_bytes
 
 #: Calls answered at the same time; a transfer takes one for as long as it lasts.
@@ -80,17 +80,13 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done)
-    with _signals(coordinator.stop_soon) as received:
-        coordinator.start()
-        try:
-            coordinator.wait()
-        finally:
-            coordinator.stop()
+    with _signals(coordinator.stop_soon) as received, coordinator:
+        coordinator.wait()
     return received[0] if received else 0
 
 
 class Coordinator:
-    """One coordinator: `start`, `wait`, `stop`.
+    """One coordinator: `start`, `wait`, `stop`; as a context manager it is started and stopped by itself.
 
     Args:
         config: the run's config.
@@ -114,6 +110,13 @@ class Coordinator:
         self._cleanup = ExitStack()
         self.address = ""
 
+    def __enter__(self) -> Coordinator:
+        self.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._cleanup.__exit__(*raised)
+
     def start(self) -> None:
         """Listen, open the run and begin to work. Nothing is written when the address is taken (see `serve`)."""
         host, port = parse_listen(self._listen)
@@ -124,7 +127,9 @@ class Coordinator:
             undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())
             bound = _bind(server, host, port)
             self.address = f"{host}:{bound}"
+            beginning = Beginning(self._run_dir)
             undo.enter_context(_only_one(self._run_dir))
+            undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
             run = RunDirectory.open(self._run_dir, self._config)
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)

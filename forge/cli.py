@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 import json
 from pathlib import Path
-import sys
+import re
 import time
 from typing import Any
 
 import click
 
 from forge.config import RunConfig, load_config
-from forge.errors import ForgeError, StorageError
-
-#: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
-INTERRUPTED = 130
-
-
-def report_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command: a user's error becomes one sentence on stderr and its documented exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ForgeError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted: run the same command again to go on from the last checkpoint.", err=True)
-            sys.exit(INTERRUPTED)
-
-    return wrapped
+from forge.errors import ConfigError, StorageError, report_errors
+from forge.vocabulary import INDEX_FILE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +39,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command("config")
 @click.argument("config", default="default")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@report_errors
+@report_errors()
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved config, its parameters, the memory of each stage and its fingerprint."""
     from forge.train.memory import format_size, predict
@@ -82,7 +62,7 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @_run_options
-@report_errors
+@report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
         device: str) -> None:  # fmt: skip
     """Do everything on this machine: prepare, train, assemble, evaluate."""
@@ -96,7 +76,7 @@ def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str 
 
 @main.command()
 @_run_options
-@report_errors
+@report_errors()
 def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
             device: str) -> None:  # fmt: skip
     """Read the corpus, train the tokenizer and write the token files."""
@@ -112,7 +92,7 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
 @main.command()
 @_run_options
 @click.option("--partition", type=click.IntRange(0), default=None, help="Train only the expert of this partition.")
-@report_errors
+@report_errors()
 def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
           device: str, partition: int | None) -> None:  # fmt: skip
     """Train the shared components, fit the router, and train the experts that have not arrived."""
@@ -137,7 +117,7 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@report_errors
+@report_errors()
 def assemble(run_dir: Path) -> None:
     """Bring the assembled model of a run directory up to date with the shards it holds."""
     from forge.checkpoint.assembly import arrived, start
@@ -155,7 +135,7 @@ def assemble(run_dir: Path) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--data", default=None, metavar="SOURCE", help="Text to measure the model on: any source of `data.source`.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@report_errors
+@report_errors()
 def evaluate(target: Path, data: str | None, as_json: bool) -> None:
     """Measure a run directory on its held-out documents, or a model directory on --data."""
     if data is None:
@@ -176,6 +156,7 @@ def evaluate(target: Path, data: str | None, as_json: bool) -> None:
     from forge.data.sources import documents
     from forge.evaluate.report import evaluate_text
 
+    _check_model_dir(target)
     result = evaluate_text(target, (text for text, _ in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
@@ -190,10 +171,11 @@ def evaluate(target: Path, data: str | None, as_json: bool) -> None:
 @click.option("--top-k", default=None, type=click.IntRange(1))
 @click.option("--top-p", default=None, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", default=0, show_default=True)
-@report_errors
+@report_errors()
 def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
              seed: int) -> None:  # fmt: skip
     """Continue a prompt with an assembled model."""
+    _check_model_dir(model_dir)
     from forge.data.tokenizer import load_tokenizer
     from forge.evaluate.generate import generate as continue_text
     from forge.model.moe import MixtureLM
@@ -209,16 +191,16 @@ def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, 
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="USER/REPO")
 @click.option("--private", is_flag=True, help="Create the repository private.")
-@report_errors
+@report_errors()
 def push(model_dir: Path, repo: str, private: bool) -> None:
     """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
     from forge.files import RunDirectory, read_json
     from forge.publish.card import model_card, run_facts
     from forge.publish.hub import push_model
-    from forge.vocabulary import INDEX_FILE
 
-    if not (model_dir / INDEX_FILE).is_file():
-        raise StorageError(f"{model_dir} holds no assembled model: it has no {INDEX_FILE}.")
+    _check_model_dir(model_dir)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
     facts: dict[str, Any] = {"name": model_dir.resolve().name, "repo": repo}
     evaluation = None
     if (model_dir.parent / "run.yaml").is_file():
@@ -299,6 +281,13 @@ def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
     ram_bytes = parse_size(ram) if ram is not None else int(psutil.virtual_memory().total)
     check_budget(resolved, ram_bytes)
     return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
+
+
+def _check_model_dir(path: Path) -> None:
+    """Refuse a directory without a model before anything heavy is imported."""
+    if not (path / INDEX_FILE).is_file():
+        hint = str(path / "model") if (path / "model" / INDEX_FILE).is_file() else "the `model` directory of a run"
+        raise StorageError(f"{path} is not a model directory: it has no {INDEX_FILE}; give {hint}.")
 
 
 def _threads(threads: int | None) -> int:

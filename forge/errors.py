@@ -22,6 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import errno
 import os
+import sys
+
+#: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
+INTERRUPTED = 130
 
 
 class ForgeError(Exception):
@@ -121,6 +125,23 @@ BY_CODE: dict[str, type[ForgeError]] = {
 
 
 @contextmanager
+def report_errors() -> Iterator[None]:
+    """Decorate a command: a user's error becomes one sentence on stderr and its documented exit code.
+
+    Raises:
+        SystemExit: with that code.
+    """
+    try:
+        yield
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the operating system's errors about `path` into a `StorageError` of one sentence.
 
@@ -130,11 +151,17 @@ def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = os.fspath(path)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"The disk that holds {where} is full: free some space and run the same command again.",
-                               detail=str(error)) from error  # fmt: skip
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise StorageError(f"Cannot write to {where}: it is read-only for this user; choose another directory.",
-                               detail=str(error)) from error  # fmt: skip
-        raise StorageError(f"Cannot use {where}: {error.strerror or error}.", detail=str(error)) from error
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: str | os.PathLike[str], error: OSError) -> StorageError:
+    """The sentence for an error of the operating system about `path`."""
+    where = os.fspath(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sentence = f"The disk that holds {where} is full: free some space and run the same command again."
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        sentence = f"Cannot write to {where}: it is read-only for this user; choose another directory."
+    else:
+        sentence = (f"Cannot use {where}: the system says {error.strerror or error}; check the path, or choose another "
+                    "one.")  # fmt: skip
+    return StorageError(sentence, detail=str(error))

@@ -19,7 +19,7 @@ import uuid
 import yaml
 
 from forge.config import RunConfig, parse_config
-from forge.errors import RunMismatchError, StorageError, storage_errors
+from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.vocabulary import CHUNK_BYTES
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -194,7 +194,8 @@ class RunDirectory:
         try:
             return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
         except OSError as error:
-            raise StorageError(f"{self.root} is not a run directory: it has no readable run.yaml.") from error
+            raise StorageError(f"{self.root} is not a run directory: it has no readable run.yaml; give one that `forge "
+                               "run` or `forge-coordinator serve` made.") from error  # fmt: skip
 
     @property
     def run_id(self) -> str:
@@ -210,6 +211,43 @@ class RunDirectory:
         """Mark a stage finished. Everything it made must be synced before."""
         write_json(self.root / "stages" / f"{stage}.json", facts)
         return facts
+
+
+class Beginning:
+    """A run that cannot begin, because its corpus is unusable or the disk is full, leaves nothing behind.
+
+    Otherwise the half-made run would refuse the mended command, as a run with another config. A directory that held
+    anything before is left alone, and so is every run whose corpus is prepared.
+
+    Args:
+        root: the run directory, not opened yet.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._missing = [path for path in (self._root, *self._root.parents) if not path.exists()]
+        self._fresh = bool(self._missing) or (self._root.is_dir() and not any(self._root.iterdir()))
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Remove what was made when the block raises a user's error."""
+        try:
+            yield
+        except ForgeError as error:
+            # The plain class is about a process that died: the logs say more about it than the error does.
+            if self._fresh and type(error) is not ForgeError and RunDirectory(self._root).marker("prepare") is None:
+                self._undo()
+            raise
+
+    def _undo(self) -> None:
+        for path in self._root.iterdir() if self._root.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for directory in self._missing:
+            if directory.is_dir():
+                directory.rmdir()
 
 
 def _sync_directory(directory: Path) -> None:

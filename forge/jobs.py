@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import psutil
 
-from forge.errors import BY_CODE, ForgeError
+from forge.errors import BY_CODE, ForgeError, storage_errors
 from forge.system import peak_resident_bytes, resident_bytes
 
 #: Seconds between two looks at a child's resident memory.
@@ -46,7 +46,8 @@ class Job:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if threads is not None:
             environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        self._log: IO[bytes] | None = open(log, "ab") if log is not None else None
+        with storage_errors(log or "the log"):
+            self._log: IO[bytes] | None = open(log, "ab") if log is not None else None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "forge.jobs", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, env=environment, text=True,
@@ -74,6 +75,8 @@ class Job:
                 yield event
             else:
                 self._outcome = event
+                if self._log is not None and event.get("detail"):
+                    self._log.write(f"{event['detail']}\n".encode())
         self._process.wait()
         self._close()
 
@@ -89,7 +92,7 @@ class Job:
             raise ForgeError(f"The {self.name} process ended unexpectedly ({self._ending()}); run the same command again "
                              "to go on from the last checkpoint.")  # fmt: skip
         if self._outcome["event"] == "error":
-            raise BY_CODE.get(self._outcome["code"], ForgeError)(self._outcome["message"])
+            raise BY_CODE.get(self._outcome["code"], ForgeError)(self._outcome["message"], detail=self._outcome.get("detail"))
         return dict(self._outcome["value"])
 
     def finish(self) -> None:
@@ -127,8 +130,8 @@ class Job:
             if stream is not None:
                 try:
                     stream.close()
-                except BrokenPipeError:
-                    pass  # Closing flushes what the dead child never read.
+                except OSError:
+                    pass  # Closing flushes what the dead child never read, and what the full disk of the log never took.
 
 
 def main() -> None:
@@ -161,9 +164,7 @@ def main() -> None:
 
         value = pipeline.JOBS[sys.argv[1]](arguments, progress, stop.is_set)
     except ForgeError as error:
-        if error.detail:
-            print(error.detail, file=sys.stderr)
-        emit({"event": "error", "code": error.code, "message": str(error)})
+        emit({"event": "error", "code": error.code, "message": str(error), "detail": error.detail})
         sys.exit(error.exit_code)
     emit({"event": "result", "value": {"peak_bytes": peak_resident_bytes(), **value}})
 

@@ -16,7 +16,7 @@ import psutil
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.config import RunConfig
 from forge.errors import ForgeError, ShardError
-from forge.files import RunDirectory, read_json, write_json
+from forge.files import Beginning, RunDirectory, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes
 from forge.train.memory import plan
@@ -164,12 +164,13 @@ def run_all(root: Path, config: RunConfig, *, ram_bytes: int, threads: int | Non
 def prepare_run(root: Path, config: RunConfig, stages: tuple[str, ...], *, ram_bytes: int, threads: int | None,
                 on_event: OnEvent) -> RunDirectory:  # fmt: skip
     """Open a run directory and take it through `stages`, skipping those that are finished."""
-    run = RunDirectory.open(root, config)
-    for stage in stages:
-        if run.marker(stage) is None:
-            on_event({"event": "stage", "stage": stage})
-            facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads)
-            note_memory(run, stage, facts)
+    with Beginning(root).undone_on_error():
+        run = RunDirectory.open(root, config)
+        for stage in stages:
+            if run.marker(stage) is None:
+                on_event({"event": "stage", "stage": stage})
+                facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads)
+                note_memory(run, stage, facts)
     return run
 
 

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from forge.config import RunConfig, parse_config
-from forge.errors import ForgeError, ProtocolError, RunMismatchError, ShardError
+from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError
 from forge.files import hash_file, read_json
 from forge.system import peak_resident_bytes
 from forge.train.memory import MB, format_size, plan
@@ -37,8 +37,6 @@ LONGEST_WAIT_SECONDS = 60.0
 REJECTIONS_IN_A_ROW = 3
 #: Resident memory of the agent itself: interpreter, gRPC and pydantic, measured at 68 to 77 MB.
 AGENT_BYTES = 110 * MB
-#: Exit code of a process that its owner interrupted.
-INTERRUPTED = 130
 
 
 class LeaseLostError(Exception):
@@ -107,8 +105,10 @@ class Agent:
             f"{format_size(self._predicted)} of the {format_size(self._ram_bytes)} allowed.")  # fmt: skip
         while True:
             self._settle()
-            if self._once and self._settled_all() and self._accepted + self._rejected:
-                return self._leave_once()
+            if self._once:
+                self._settle_all()
+                if self._accepted + self._rejected:
+                    return self._leave_once()
             answer = self._client.lease(self._cache.checkpoints())
             if isinstance(answer, Done):
                 self._settle_all()
@@ -121,8 +121,6 @@ class Agent:
                 self._sleep(min(max(answer.retry_seconds, 0.0), LONGEST_WAIT_SECONDS))
                 continue
             self._work(answer)
-            if self._once and not self._settled_all():
-                self._settle_all()
 
     def _config(self, joined: Joined) -> RunConfig:
         try:

@@ -110,8 +110,9 @@ class Cache:
                 missing = blob.size - (part.stat().st_size if part.exists() else 0)
                 free = shutil.disk_usage(target.parent).free
             if missing + DISK_RESERVE_BYTES > free:
-                raise StorageError(f"The disk that holds {target.parent} is full: {missing >> 20} MB more are needed, "
-                                   f"{free >> 20} MB are free; free some space or use --data-dir.")  # fmt: skip
+                needed = -(-(missing + DISK_RESERVE_BYTES) >> 20)
+                raise StorageError(f"The disk that holds {target.parent} is full: {needed} MB are needed for the download "
+                                   f"and the training, {free >> 20} MB are free; free some space or use --data-dir.")  # fmt: skip
             client.fetch_blob(blob.sha256, blob.size, target, on_bytes)
         return target
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from forge.errors import ConfigError, ForgeError, MemoryBudgetError
+from forge.errors import ConfigError, MemoryBudgetError, report_errors
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def parse_address(text: str) -> str:
 
 @click.group()
 @click.version_option(package_name="modularforge", prog_name="forge-node")
-def cli() -> None:
+def main() -> None:
     """Train experts of a shared model on this machine."""
 
 
-@cli.command()
+@main.command()
 @click.argument("address", required=False)
 @click.option("--ram", metavar="SIZE", help="Memory that training may use, such as 8G or 900M. Default: what is free "
               "now, less a reserve for you, at most 8G.")  # fmt: skip
@@ -61,6 +61,7 @@ def cli() -> None:
               "downloads and checkpoints. Default: FORGE_DATA_DIR, else ~/.local/share/modularforge.")  # fmt: skip
 @click.option("--name", help="Name that your shards are credited to. Default: this machine's host name.")
 @click.option("--once", is_flag=True, help="Leave after one shard.")
+@report_errors()
 def join(address: str | None, ram: str | None, threads: int | None, device: str, data_dir: Path | None,
          name: str | None, once: bool) -> None:  # fmt: skip
     """Join the run of the coordinator at ADDRESS (HOST[:PORT]) and train one expert after the other.
@@ -122,17 +123,6 @@ def _version() -> str:
         return version("modularforge")
     except PackageNotFoundError:
         return "unknown"
-
-
-def main() -> None:
-    """Entry point of `forge-node`: one sentence and an exit code for every error that a user can cause."""
-    try:
-        cli(standalone_mode=True)
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

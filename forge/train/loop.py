@@ -17,6 +17,7 @@ import torch
 from forge.config import PhaseConfig
 from forge.data.packing import SequenceSampler
 from forge.errors import TrainingError, storage_errors
+from forge.files import write_bytes
 from forge.model.lm import DenseLM
 from forge.train.loss import chunked_cross_entropy
 from forge.train.optim import Optimizer, learning_rate
@@ -158,8 +159,7 @@ def _keep_metrics(path: Path, step: int) -> list[float]:
                 kept.append(line)
         except (ValueError, KeyError):
             break  # A line that a kill cut off; nothing valid follows it.
-    with storage_errors(path):
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())
     return [json.loads(line)["loss"] for line in kept]
 
 

@@ -6,9 +6,11 @@ the data position and the random state. Frozen parameters are not saved: they co
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
+import re
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -34,10 +36,10 @@ def save_checkpoint(path: Path, optimizer: Optimizer, facts: dict[str, Any]) -> 
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"facts": json.dumps(facts)})
         except SafetensorError as error:
-            # The library reports the system's errors as text; raise the one that a full disk would.
+            # The library reports the system's errors as text, with their number.
             temporary.unlink(missing_ok=True)
-            raise StorageError(f"Cannot write the checkpoint {path}: {error}; free some space or choose another "
-                               "directory, and run the same command again.") from error  # fmt: skip
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
