@@ -58,6 +58,8 @@ class Assembler:
         self._failures: dict[tuple[int, bool], int] = {}
         #: Every shard is accepted, assembled and evaluated.
         self.done = False
+        #: Why the newest push failed, if it did.
+        self.push_error: ForgeError | None = None
 
     def step(self) -> float:
         """Do the most urgent thing; how many seconds to pause before the next step.
@@ -165,15 +167,18 @@ class Assembler:
 
     def _push_model(self, experts: int) -> None:
         assert self._push is not None
-        self._pushed = experts
+        final = self._state.evaluated(experts, final=True)
+        message = f"{experts} of {self._config.model.n_experts} experts{', final evaluation' if final else ''}"
+        self._pushed, self.push_error = experts, None
         self._activity.say("pushing the model")
         try:
-            where = self._push(f"{experts} of {self._config.model.n_experts} experts")
+            where = self._push(message)
             self._journal.event("pushed", f"the model with {experts} experts is pushed: {where}", experts=experts,
                                 url=where)  # fmt: skip
         except ForgeError as error:
-            self._journal.event("push-failed", "the push failed, the run goes on and the next push carries it all: "
-                                f"{error}", experts=experts, error=str(error))  # fmt: skip
+            self.push_error = error
+            then = "the same command pushes again" if final else "the run goes on and the next push carries it all"
+            self._journal.event("push-failed", f"the push failed, {then}: {error}", experts=experts, error=str(error))
         finally:
             self._activity.say("")
 

@@ -147,7 +147,7 @@ class Coordinator:
         """Block until the run is done (with `exit_when_done`), something failed, or `stop_soon` was called.
 
         Raises:
-            ForgeError: what failed.
+            ForgeError: what failed; with `exit_when_done`, that may be the last push.
         """
         while not self._stop_asked.wait(0.2):
             if not self._work.ended.is_set():
@@ -155,7 +155,10 @@ class Coordinator:
             if self._work.error is not None:
                 raise self._work.error
             if self._exit_when_done:
-                return self._see_off()
+                self._see_off()
+                if self._assembler.push_error is not None:
+                    raise self._assembler.push_error
+                return
 
     def stop_soon(self) -> None:
         """Ask `wait` to return; safe in a signal handler."""
@@ -176,7 +179,7 @@ class Coordinator:
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
                               push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
-        self._journal, self._job, self._run = journal, job, run
+        self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
         uploads = Uploads(run.blobs, largest_shard(config.model))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
                           journal=journal, echo=self._echo)  # fmt: skip

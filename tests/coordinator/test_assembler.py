@@ -217,4 +217,4 @@ def test_the_model_is_pushed_as_it_grows_and_a_failure_is_made_up_for_by_the_nex
     bench.hand_in(1)
     bench.hand_in(2)
     bench.settle()
-    assert bench.pushed == ["2 of 3 experts", "3 of 3 experts", "3 of 3 experts"]
+    assert bench.pushed == ["2 of 3 experts", "3 of 3 experts", "3 of 3 experts, final evaluation"]

@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class Processes:
     """Coordinators on one run directory, one after another."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, repo: str = "", **environment: str) -> None:
+        self.root, self._repo, self._environment = root, repo, os.environ | environment
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self, kill_at: str = "") -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.coordinator.process", str(self.root), kill_at]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "tests.coordinator.process", str(self.root), kill_at, self._repo]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=self._environment)
         self.running.append(process)
         return process
 
@@ -45,14 +45,17 @@ class Processes:
 
         return str(until(told, 20))
 
+    def close(self) -> None:
+        for process in self.running:
+            process.kill()
+            process.wait()
+
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Processes]:
     processes = Processes(tmp_path / "run")
     yield processes
-    for process in processes.running:
-        process.kill()
-        process.wait()
+    processes.close()
 
 
 def working(node: FakeNode) -> FakeNode:

@@ -66,7 +66,7 @@ class Fault:
 
     pattern: str
     #: An HTTP status; or "drop": close the connection unanswered; "answer-lost": do the work, then close it;
-    #: "overtake": another writer commits first.
+    #: "answer-held": the same, but close it when the Hub's `let_go` is set; "overtake": another writer commits first.
     kind: int | str
 
 
@@ -79,6 +79,8 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.tokens: set[str] | None = None
+        #: Set when an answer is held, and by whoever lets it go.
+        self.holding, self.let_go = threading.Event(), threading.Event()
         self.lock = threading.RLock()
         self.endpoint = ""
 
@@ -115,6 +117,7 @@ def fake_hub() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.let_go.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -155,7 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault and fault.kind == "overtake":
                     next(iter(self.state.repos.values())).add("someone else", {"NOTES.md": (b"mine", False)})
                 answer = self._route(path, body)
-            if fault and fault.kind == "answer-lost":
+            if fault and fault.kind == "answer-held":
+                self.state.holding.set()
+                self.state.let_go.wait()
+            if fault and fault.kind in ("answer-lost", "answer-held"):
                 return self._hang_up()
             self._answer(200, answer)
         except _Refused as refused:
