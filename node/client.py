@@ -203,6 +203,8 @@ class FleetClient:
                 raise NetworkError(f"The coordinator at {self.address} took the shard's bytes but does not hold them: "
                                    "its log says why.")  # fmt: skip
             held, delivered = offset, False
+            if offset:
+                self._on_wait(f"the coordinator holds {offset:,} of the shard's {size:,} bytes; going on from there")
             try:
                 self._send(lease_id, sha256, path, size, offset, on_bytes)
                 delivered = True
