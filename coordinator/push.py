@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 from coordinator.assembler import Push
 from coordinator.state import State
+from forge.checkpoint.assembly import arrived
+from forge.errors import ConfigError, HubError
 from forge.files import RunDirectory
+
+
+def check_repo(repo: str) -> None:
+    """Find out before a run begins what would otherwise be found when its first expert arrives. Asks no network.
+
+    Raises:
+        ConfigError: `repo` does not look like `USER/REPO`.
+        HubError: this machine has no token for the Hub.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"--push {repo!r} must look like USER/REPO.")
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError(f"Cannot push to {repo}: this machine is not logged in to the Hub; log in with `hf auth login` or "
+                       "set HF_TOKEN.")  # fmt: skip
 
 
 def pusher(run: RunDirectory, state: State, repo: str) -> Push:
@@ -17,8 +37,10 @@ def pusher(run: RunDirectory, state: State, repo: str) -> Push:
         from forge.publish.hub import push_model
 
         disable_progress_bars()  # They would be drawn into the coordinator's own lines.
-        evaluations = state.evaluations()
-        card = model_card(run.model, run=run_facts(run, repo), evaluation=evaluations[-1] if evaluations else None)
+        # A model whose evaluation failed must not show the figures of the one before it.
+        experts = len(arrived(run.model))
+        rows = [row for row in state.evaluations() if row["experts"] == experts]
+        card = model_card(run.model, run=run_facts(run, repo), evaluation=rows[-1] if rows else None)
         return push_model(run.model, repo, message=message, card=card)
 
     return push

@@ -14,7 +14,6 @@ import logging
 from logging.handlers import RotatingFileHandler
 import os
 from pathlib import Path
-import re
 import signal
 import socket
 import threading
@@ -33,7 +32,7 @@ from coordinator.handlers import Desk
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
 from coordinator.journal import Journal, print_line
 from coordinator.phases import Work
-from coordinator.push import pusher
+from coordinator.push import check_repo, pusher
 from coordinator.servicer import SERVICES, register
 from coordinator.state import State
 from forge.config import RunConfig
@@ -120,8 +119,8 @@ class Coordinator:
     def start(self) -> None:
         """Listen, open the run and begin to work. Nothing is written when the address is taken (see `serve`)."""
         host, port = parse_listen(self._listen)
-        if self._push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self._push):
-            raise ConfigError(f"--push {self._push!r} must look like USER/REPO.")
+        if self._push is not None:
+            check_repo(self._push)
         with ExitStack() as undo:
             server = grpc.server(ThreadPoolExecutor(WORKERS, "call"), options=_SERVER_OPTIONS)
             undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())

@@ -7,17 +7,23 @@ import json
 import os
 from pathlib import Path
 import subprocess
+import sys
 
+import huggingface_hub
+from huggingface_hub.utils import enable_progress_bars
 from modularforge.v1 import fleet_pb2 as pb
 import pytest
 
+from coordinator.assembler import ATTEMPTS
+from coordinator.push import pusher
 from forge.checkpoint.assembly import arrived
-from forge.errors import HubError
+from forge.errors import ForgeError, HubError
 from forge.files import RunDirectory
 from forge.vocabulary import INDEX_FILE, expert_file
 from tests.fakes.hub import FakeHub, Fault, fake_hub
 
 from .fakes import FakeNode, make_shard, until
+from .test_assembler import Bench
 from .test_kill import Processes, working
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="SIGKILL")]
@@ -96,6 +102,40 @@ def test_a_model_that_the_hub_refused_is_told_by_the_exit_code_and_pushed_by_the
     assert processes.start().wait(30) == 0
     commit = hub.repos[REPO].head
     assert commit.message == "3 of 3 experts, final evaluation" and INDEX_FILE in commit.tree
+
+
+def test_without_a_token_nothing_begins(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key} | {"HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "coordinator.cli", "serve", "--run-dir", str(tmp_path / "run"), "--push", REPO,
+               "--listen", "127.0.0.1:0"]  # fmt: skip
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == HubError.exit_code
+    assert ended.stderr == ("error: Cannot push to ada/tiny: this machine is not logged in to the Hub; log in with "
+                            "`hf auth login` or set HF_TOKEN.\n")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+# The client gives its HTTP library an uploaded file in a way that the library has deprecated.
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_card_never_shows_the_figures_of_another_model(tmp_path: Path, hub: FakeHub,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    bench = Bench(tmp_path / "run")
+    push = pusher(bench.run, bench.state, REPO)
+    bench.hand_in(0)
+    bench.settle()
+    push("evaluated")
+    bench.jobs.failures["evaluate"] = [ForgeError("out of memory")] * ATTEMPTS
+    bench.hand_in(1, make_shard(bench.run, 1))
+    bench.settle()
+    push("not evaluated")
+    bench.state.close()
+    huggingface_hub.close_session()
+    enable_progress_bars()
+    cards = [commit.tree["README.md"][0] for commit in hub.repos[REPO].commits[1:]]
+    assert [b"model-index" in card for card in cards] == [True, False]
 
 
 def test_a_push_that_failed_is_made_up_for_by_the_next_one(processes: Processes, hub: FakeHub) -> None:
