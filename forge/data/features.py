@@ -5,18 +5,23 @@ Shapes: M documents, T tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from forge.data.tokens import TokenFile
+from forge.data.packing import pad
+from forge.data.tokens import IntArray, TokenFile
 from forge.files import atomic_file
 from forge.model.lm import DenseLM
 from forge.train.loop import Progress
-from forge.train.loss import chunked_cross_entropy
+from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
 from forge.vocabulary import END_OF_TEXT_ID
+
+#: Tokens of a forward pass, padding included.
+BATCH_TOKENS = 2048
 
 
 def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Path, progress: Progress,
@@ -32,14 +37,31 @@ def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Pat
     losses_M = np.zeros(documents, dtype=np.float32)
     with atomic_file(path) as file:
         file.truncate(documents * width * 4)
-        for index in range(documents):
-            tokens = np.concatenate(([eos_id], corpus.document(index)[:seq_len])).astype(np.int64)
+        for rows, batch in _batches(corpus, seq_len, eos_id):
+            inputs_BT, targets_BT = pad(batch, IGNORE_INDEX)
             with torch.inference_mode():
-                hidden_1TD = model(torch.from_numpy(tokens[None, :-1] if len(tokens) > 1 else tokens[None]))
-                file.write(hidden_1TD[0].float().mean(dim=0).numpy().tobytes())
-                if len(tokens) > 1:
-                    losses_M[index] = float(chunked_cross_entropy(hidden_1TD[0], model.head_weight,
-                                                                  torch.from_numpy(tokens[1:])))  # fmt: skip
-            progress(stage="partition", step=index + 1, steps=documents, message="reading documents")
+                hidden_BTD = model(torch.from_numpy(inputs_BT)).float()
+                for row, window, hidden_TD, targets_T in zip(rows, batch, hidden_BTD, targets_BT, strict=True):
+                    length = len(window) - 1
+                    file.write(hidden_TD[:length].mean(dim=0).numpy().tobytes())
+                    losses_M[row] = float(chunked_cross_entropy(hidden_TD[:length], model.head_weight,
+                                                                torch.from_numpy(targets_T[:length])))  # fmt: skip
+            progress(stage="partition", step=rows.stop, steps=documents, message="reading documents")
     features = np.memmap(path, dtype=np.float32, mode="r", shape=(documents, width))
     return features, losses_M
+
+
+def _batches(corpus: TokenFile, seq_len: int, eos_id: int) -> Iterator[tuple[range, list[IntArray]]]:
+    """The first window of neighbouring documents; one without a token counts as an end of text that follows another."""
+    first, longest = 0, 0
+    batch: list[IntArray] = []
+    for index in range(len(corpus)):
+        tokens = corpus.document(index)[:seq_len]
+        tokens = tokens if len(tokens) else np.array([eos_id])
+        longest = max(longest, len(tokens))
+        if batch and (len(batch) + 1) * longest > BATCH_TOKENS:
+            yield range(first, index), batch
+            first, longest, batch = index, len(tokens), []
+        batch.append(np.concatenate(([eos_id], tokens)).astype(np.int64))
+    if batch:
+        yield range(first, len(corpus)), batch

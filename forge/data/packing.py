@@ -5,7 +5,9 @@ Shapes: B sequences, T = seq_len. A training window has T + 1 tokens: inputs are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ from forge.data.tokens import IntArray, TokenFile
 _WORD = (1 << 64) - 1
 #: Seed of the choice of windows when a measurement is capped: the same windows in every run and on every machine.
 _EVALUATION_SEED = 0x6576616C
+#: Windows that are sorted by length at a time, so that a batch holds windows of about one length and little padding.
+SORTED_WINDOWS = 128
 
 
 class SequenceSampler:
@@ -163,3 +167,37 @@ def evaluation_windows(
             window_T1[0] = eos_id
             window_T1[1:] = file.read(begin, begin + int(targets[index]))
         yield window_T1
+
+
+def batches(windows: Iterable[npt.NDArray[Any]], batch_tokens: int) -> Iterator[list[IntArray]]:
+    """Group windows of similar length for one forward pass each; windows of one token predict nothing and are dropped.
+
+    Args:
+        windows: token ids, (length + 1,) each.
+        batch_tokens: inputs of a batch, padding included; a longer window is a batch of its own.
+    """
+    stream = (np.asarray(window, dtype=np.int64) for window in windows if len(window) > 1)
+    while chunk := sorted(islice(stream, SORTED_WINDOWS), key=len, reverse=True):
+        batch: list[IntArray] = []
+        for window in chunk:
+            if batch and (len(batch) + 1) * (len(batch[0]) - 1) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(window)
+        yield batch
+
+
+def pad(batch: Sequence[IntArray], ignore: int) -> tuple[IntArray, IntArray]:
+    """Inputs and targets of windows, (B, T) each. Padding is on the right, so that causal attention never sees it.
+
+    Args:
+        batch: windows, (length + 1,) each.
+        ignore: the target of positions that are padding.
+    """
+    length = max(len(window) for window in batch) - 1
+    inputs_BT: IntArray = np.zeros((len(batch), length), dtype=np.int64)
+    targets_BT: IntArray = np.full((len(batch), length), ignore, dtype=np.int64)
+    for row, window in enumerate(batch):
+        inputs_BT[row, : len(window) - 1] = window[:-1]
+        targets_BT[row, : len(window) - 1] = window[1:]
+    return inputs_BT, targets_BT

@@ -62,9 +62,9 @@ def temperatures(model: DenseLM, config: RunConfig, rows: Sequence[Array],
     logits: list[list[Array]] = [[] for _ in rows]
     labels: list[int] = []
     for partition, path in enumerate(held_out):
-        for window_T in _windows(path, config, TEMPERATURE_TOKENS):
-            labels.extend([partition] * (len(window_T) - 1))
-            for layer, x_ND in enumerate(gate_inputs(model, window_T)):
+        for layers in gate_inputs(model, _windows(path, config, TEMPERATURE_TOKENS)):
+            labels.extend([partition] * len(layers[0]))
+            for layer, x_ND in enumerate(layers):
                 logits[layer].append(x_ND @ rows[layer].T)
     labels_N = np.asarray(labels)
     stacked = [np.concatenate(layer) for layer in logits]

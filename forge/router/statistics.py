@@ -8,9 +8,10 @@ Shapes: K partitions, D model width, L layers, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 import torch
 
+from forge.data.packing import batches, pad
 from forge.errors import StorageError
 from forge.files import atomic_file
 from forge.model.lm import DenseLM
+from forge.train.loss import IGNORE_INDEX
 
 Array = npt.NDArray[np.float64]
+#: Tokens of a forward pass, padding included.
+BATCH_TOKENS = 2048
 
 
 @dataclass
@@ -62,22 +67,28 @@ class LayerStatistics:
         return within
 
 
-def gate_inputs(model: DenseLM, window_T: npt.NDArray[np.int64]) -> list[Array]:
-    """Gate input of every layer for one window: L arrays of shape (T - 1, D); the last token has no successor."""
-    collected: list[torch.Tensor] = []
-    with torch.inference_mode():
-        model(torch.from_numpy(np.asarray(window_T[:-1], dtype=np.int64))[None], collected)
-    return [x_BTD[0].double().numpy() for x_BTD in collected]
+def gate_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[list[Array]]:
+    """Gate inputs of windows, a batch of them at a time.
+
+    Yields:
+        One array (N, D) for each of the L layers; the last token of a window has no successor and is left out.
+    """
+    for batch in batches(windows, BATCH_TOKENS):
+        inputs_BT, targets_BT = pad(batch, IGNORE_INDEX)
+        kept_BT = targets_BT != IGNORE_INDEX
+        collected: list[torch.Tensor] = []
+        with torch.inference_mode():
+            model(torch.from_numpy(inputs_BT), collected)
+        yield [x_BTD.numpy()[kept_BT].astype(np.float64) for x_BTD in collected]
 
 
-def collect(model: DenseLM, partition: int, windows: Iterable[npt.NDArray[np.int64]],
-            into: list[LayerStatistics]) -> int:  # fmt: skip
+def collect(model: DenseLM, partition: int, windows: Iterable[npt.NDArray[Any]], into: list[LayerStatistics]) -> int:
     """Add the gate inputs of a partition's windows to the statistics of every layer; returns the tokens seen."""
     tokens = 0
-    for window_T in windows:
-        for layer, x_ND in zip(into, gate_inputs(model, window_T), strict=True):
+    for layers in gate_inputs(model, windows):
+        for layer, x_ND in zip(into, layers, strict=True):
             layer.add(partition, x_ND)
-        tokens += len(window_T) - 1
+        tokens += len(layers[0])
     return tokens
 
 
