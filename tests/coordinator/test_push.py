@@ -75,7 +75,7 @@ def test_killed_in_a_push_it_makes_every_commit_once(processes: Processes, hub: 
     hub.faults.append(Fault(request_held, "answer-held"))
     process = processes.start()
     hand_in(processes, process, 0)
-    until(lambda: hub.holding.is_set(), 20)
+    until(lambda: hub.holding.is_set(), 60)
     process.kill()
     process.wait()
     assert len(hub.repos[REPO].commits) == visible
@@ -83,7 +83,7 @@ def test_killed_in_a_push_it_makes_every_commit_once(processes: Processes, hub: 
 
     process = processes.start()
     hand_in(processes, process, 1, 2)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert_whole(hub, [1, 2, 3])
     model = RunDirectory(processes.root).model
     for partition in range(3):
@@ -95,11 +95,11 @@ def test_a_model_that_the_hub_refused_is_told_by_the_exit_code_and_pushed_by_the
     hub.tokens = {"hf_other"}
     process = processes.start()
     hand_in(processes, process, 0, 1, 2)
-    assert process.wait(30) == HubError.exit_code
+    assert process.wait(60) == HubError.exit_code
     assert sorted(arrived(RunDirectory(processes.root).model)) == [0, 1, 2]
     assert hub.repos == {}
     hub.tokens = {TOKEN}
-    assert processes.start().wait(30) == 0
+    assert processes.start().wait(60) == 0
     commit = hub.repos[REPO].head
     assert commit.message == "3 of 3 experts, final evaluation" and INDEX_FILE in commit.tree
 
@@ -142,5 +142,5 @@ def test_a_push_that_failed_is_made_up_for_by_the_next_one(processes: Processes,
     hub.faults += [Fault("POST .*/commit/", 403)]
     process = processes.start()
     hand_in(processes, process, 0, 1, 2)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert_whole(hub, [2, 3])
