@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 import signal
 import sys
@@ -11,6 +12,9 @@ import click
 
 from forge.errors import INTERRUPTED, report_errors
 from forge.vocabulary import DEFAULT_PORT
+
+# gRPC's C++ core writes to stderr by itself, beside the sentence of ours that says the same; it reads this when imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -135,7 +135,8 @@ class Agent:
 
     def _leave_once(self) -> None:
         if self._rejected and not self._accepted:
-            raise ShardError(f"The coordinator rejected the shard of this node: {'; '.join(self._last_reasons)}.")
+            raise ShardError(f"The coordinator rejected the shard of this node: {'; '.join(self._last_reasons)}; run the "
+                             "same command again to train another one.")  # fmt: skip
         self._console.line("One shard is handed in and accepted; leaving as --once asks.")
 
     # --- one lease --------------------------------------------------------------------------------------------------

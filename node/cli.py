@@ -44,6 +44,10 @@ def parse_address(text: str) -> str:
     return f"{host}:{port}"
 
 
+# gRPC's C++ core writes to stderr by itself, beside the sentence of ours that says the same; it reads this when imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 @click.group()
 @click.version_option(package_name="modularforge", prog_name="forge-node")
 def main() -> None:

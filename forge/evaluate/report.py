@@ -164,7 +164,7 @@ def evaluate_text(model_dir: Path, texts: Iterable[str]) -> dict[str, Any]:
 
     loss = measure(model, windows(), np.asarray(token_bytes(tokenizer)))
     if not loss.bytes:
-        raise DataError("There is no text to evaluate the model on: the data holds no document with any.")
+        raise DataError("There is no text to evaluate the model on: every document is empty or blank; give another source.")
     return {"documents": documents, "tokens": loss.tokens, "bytes": loss.bytes, "loss": finite(loss.nats_per_token),
             "perplexity": finite(loss.perplexity), "bits_per_byte": finite(loss.bits_per_byte)}  # fmt: skip
 

@@ -37,24 +37,6 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
     assert [row["mean_perplexity"] for row in answer["evaluations"]] == [100.0, 99.0]
 
 
-def test_no_coordinator_is_one_sentence_and_exit_code_7(tmp_path: Path) -> None:
-    for arguments in (["127.0.0.1:1"], ["--run-dir", str(tmp_path)]):
-        result = CliRunner().invoke(main, ["status", *arguments])
-        assert result.exit_code == 7
-        assert result.stderr.startswith("error: No coordinator")
-        assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("arguments", "code"), [
-    (["--config", "nowhere.yaml"], 3), (["modle.top_k=1"], 3), (["--listen", "nonsense"], 3)])  # fmt: skip
-def test_wrong_arguments_write_nothing(arguments: list[str], code: int, tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["serve", *arguments])
-    assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_command_starts_quickly_and_never_imports_torch() -> None:
     code = "import coordinator.cli, coordinator.admin, sys; print([m for m in ('torch', 'grpc', 'sqlalchemy') if m in sys.modules])"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "[]\n"

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import os
 from pathlib import Path
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -48,31 +47,10 @@ def _agent(start: object, coordinator: FakeCoordinator, data_dir: Path, *hold_at
     return process
 
 
-def test_coordinator_down(start: object) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        code, out, err = _join(start, f"127.0.0.1:{taken.getsockname()[1]}", "--ram", "1G")
-    assert code == 7
-    assert err.startswith("error: No coordinator answers at 127.0.0.1:") and err.count("\n") == 1
-    assert "trying again in" in out
-
-
 def test_coordinator_of_another_version(start: object, coordinator: FakeCoordinator) -> None:
     coordinator.protocol_version = 99
     code, _, err = _join(start, coordinator.address, "--ram", "1G")
     assert code == 8 and err.startswith("error: ") and "version 99" in err
-
-
-def test_too_little_memory(start: object, coordinator: FakeCoordinator) -> None:
-    code, _, err = _join(start, coordinator.address, "--ram", "64M")
-    assert code == 5 and err.startswith("error: ") and "--ram" in err
-    assert coordinator.calls == ["Join"]
-
-
-@pytest.mark.parametrize("arguments", [["not an address"], ["--ram", "much"]])
-def test_wrong_options(start: object, arguments: list[str]) -> None:
-    code, _, err = _join(start, *arguments)
-    assert code == 3 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_kill_9_in_training_and_the_same_command_again(start: object, coordinator: FakeCoordinator,

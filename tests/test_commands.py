@@ -1,0 +1,67 @@
+"""Every `forge` command on a finished tiny run, as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import shutil
+
+import pytest
+
+from tests.commands import is_one_sentence, run, tree, worked
+from tests.conftest import Road
+from tests.fakes.hub import fake_hub
+
+
+def test_what_is_finished_is_not_done_again(road: Road) -> None:
+    before = tree(road.desk / "run")
+    assert "tokens in run" in worked(run("forge prepare tiny.yaml --run-dir run", road.desk)).out
+    assert "2 of 2 experts are in run/model" in worked(run("forge train tiny.yaml --run-dir run", road.desk)).out
+    assert "2 of 2 experts are in run/model" in worked(run("forge assemble run", road.desk)).out
+    assert tree(road.desk / "run") == before
+
+
+def test_assemble_makes_a_lost_model_again(road: Road, tmp_path: Path) -> None:
+    shutil.copytree(road.desk / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert "0 of 2 experts" in worked(run("forge assemble run", tmp_path)).out
+    assert (tmp_path / "run" / "model" / "expert-001.safetensors").is_file()
+
+
+def test_evaluate(road: Road) -> None:
+    text = json.loads(worked(run("forge evaluate run/model --data text.txt --json", road.desk)).out)
+    assert text["documents"] == 1 and text["perplexity"] > 1
+    is_one_sentence(run("forge evaluate run/model --data blank.txt", road.desk), "data", "no text", "another source")
+
+
+def test_generate_is_a_function_of_its_seed(road: Road) -> None:
+    command = "forge generate run/model --prompt 'The sail' --max-tokens 4 --seed 3"
+    first = worked(run(command, road.desk)).out
+    assert first.startswith("The sail") and first == worked(run(command, road.desk)).out
+
+
+def test_push(road: Road) -> None:
+    with fake_hub() as hub:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_good", "HF_HUB_DISABLE_XET": "1",
+                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+        assert "me/tiny" in worked(run("forge push run/model me/tiny", road.desk, environment=settings)).out
+        pushed = hub.repos["me/tiny"].head.tree
+        hub.tokens = set()
+        is_one_sentence(run("forge push run/model me/tiny", road.desk, environment=settings), "hub", "token")
+    for path in (road.desk / "run" / "model").iterdir():
+        assert pushed[path.name][0] == path.read_bytes()
+    assert b"tiny" in pushed["README.md"][0]
+
+
+@pytest.mark.parametrize(("command", "code", "words"), [
+    ("forge evaluate nowhere", "storage", ["nowhere is not a run directory", "--data SOURCE"]),
+    ("forge evaluate run --data text.txt", "storage", ["run is not a model directory", "give run/model."]),
+    ("forge generate nowhere", "storage", ["nowhere is not a model directory", "`model` directory of a run"]),
+    ("forge push text.txt me/tiny", "storage", ["text.txt is not a model directory"]),
+    ("forge push run/model tiny", "config", ["'tiny' must look like USER/REPO"]),
+    ("forge assemble run/model", "storage", ["run/model is not a run directory"]),
+])  # fmt: skip
+def test_a_wrong_directory(command: str, code: str, words: list[str], road: Road) -> None:
+    before = tree(road.desk)
+    is_one_sentence(run(command, road.desk), code, *words)
+    assert tree(road.desk) == before
