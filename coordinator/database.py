@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import errno
 from pathlib import Path
 import threading
 from typing import Any
@@ -13,7 +14,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from coordinator.tables import SCHEMA_VERSION, Base, SchemaVersion
-from forge.errors import StorageError
+from forge.errors import StorageError, storage_error
 
 #: Milliseconds that SQLite waits for another process (a backup, a curious shell) to let go of the file.
 BUSY_MILLISECONDS = 30_000
@@ -65,6 +66,9 @@ class Database:
         try:
             yield
         except OperationalError as error:
+            if "disk is full" in str(error.orig):
+                full = OSError(errno.ENOSPC, str(error.orig))
+                raise storage_error(self._name, full) from error
             raise StorageError(f"The run's database {self._name} cannot be used ({error.orig}): check its disk and "
                                "run the same command again.", detail=str(error)) from error  # fmt: skip
 

@@ -26,6 +26,7 @@ from node.connection import (
     Patience,
     StalledError,
     Watchdog,
+    asks_again,
     details,
     forge_error,
     is_transient,
@@ -327,6 +328,9 @@ class FleetClient:
             tries = retrying(self._patience, limit, lambda state: self._before_pause(what, state), self._sleep)
             return tries(lambda: self._with_credential(attempt))
         except (grpc.RpcError, StalledError) as error:
+            if limit is not None and asks_again(error):
+                raise NetworkError(f"The coordinator at {self.address} cannot take this node (tried for {limit:.0f} s): "
+                                   f"{details(error)}; run the same command again later.") from error  # fmt: skip
             if limit is not None and is_transient(error):
                 raise NetworkError(
                     f"No coordinator answers at {self.address} (tried for {limit:.0f} s): start one there with "

@@ -112,6 +112,11 @@ def is_transient(error: BaseException) -> bool:
     return error.code() in _TRANSIENT or (error.code() == grpc.StatusCode.INTERNAL and "RST_STREAM" in details(error))
 
 
+def asks_again(error: BaseException) -> bool:
+    """Whether the coordinator itself answered that the call may be made again later."""
+    return isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.ABORTED
+
+
 def may_be_dead(error: BaseException | None) -> bool:
     """Whether the connection was silent, so that it may be dead without either end having been told."""
     return isinstance(error, StalledError) or (isinstance(error, grpc.RpcError) and error.code() in (

@@ -156,6 +156,16 @@ def test_a_read_only_disk(road: Road, tmp_path: Path) -> None:
 
 
 @needs_disk
+def test_a_full_disk_under_a_new_coordinator(desk: Path) -> None:
+    with disk(desk / "disk", "60k") as full:
+        for size, where in (("60k", "disk/run/forge.db"), ("160k", "disk/run/data")):
+            full.remount(f"size={size}")
+            outcome = run(f"{SERVE} --run-dir disk/run", desk, full)
+            is_one_sentence(outcome, "storage", f"{where} is full: free some space")
+            assert tree(full.seen) == {}
+
+
+@needs_disk
 def test_a_full_disk_under_a_new_node(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "64k") as full:
         ballast = full.fill()

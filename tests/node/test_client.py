@@ -183,6 +183,13 @@ def test_aborted_calls_are_repeated(client: FleetClient, coordinator: FakeCoordi
     assert "busy" in said[0]
 
 
+def test_a_coordinator_that_cannot_take_a_node_is_not_one_that_is_down(
+        coordinator: FakeCoordinator, connect: Connect, machine: MachineProfile) -> None:  # fmt: skip
+    coordinator.refusals["Join"] = (grpc.StatusCode.ABORTED, "storage", "its disk is full")
+    with pytest.raises(NetworkError, match=r"cannot take this node .*: its disk is full; run the same command again"):
+        connect(coordinator.address).join(machine)
+
+
 def test_another_version_is_refused(coordinator: FakeCoordinator, connect: Connect, machine: MachineProfile) -> None:
     coordinator.protocol_version = 2
     with pytest.raises(ProtocolError, match="version 2 of the protocol and this node version 1"):
