@@ -42,7 +42,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @report_errors()
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved config, its parameters, the memory of each stage and its fingerprint."""
-    from forge.train.memory import format_size, predict
+    from forge.train.memory import STAGES, candidates, format_size
 
     resolved = load_config(config, overrides)
     model = resolved.model
@@ -54,10 +54,28 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
     click.echo("parameters")
     for name, count in rows:
         click.echo(f"  {name:12} {count:>15,}")
-    click.echo("memory, predicted peak with one sequence at a time")
-    for stage in ("shared", "expert", "evaluate"):
-        click.echo(f"  {stage:12} {format_size(predict(resolved, stage, 1).peak_bytes):>15}")
+    click.echo("memory, predicted peak of the smallest plan")
+    for stage in STAGES:
+        click.echo(f"  {stage:12} {format_size(min(p.peak_bytes for p in candidates(resolved, stage))):>15}")
     click.echo(f"fingerprint    {resolved.fingerprint}")
+
+
+@main.command("plan")
+@click.argument("config", default="default")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--ram", default=None, metavar="SIZE", help="Memory that a process may use; default all there is.")
+@report_errors()
+def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
+    """Print the memory of every process within --ram, how training will run, and what more memory would gain."""
+    from forge.train.memory import parse_size
+
+    resolved = load_config(config, overrides)
+    ram_bytes = parse_size(ram) if ram is not None else _all_memory()
+    from forge.planning import plan_lines  # Imports torch: after everything that a mistyped command stops at.
+    from forge.train.speed import multiplication_rate
+
+    for line in plan_lines(resolved, ram_bytes, multiplication_rate()):
+        click.echo(line)
 
 
 @main.command()
@@ -272,13 +290,11 @@ def print_evaluation(root: Path) -> None:
 
 def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
              ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
-    import psutil
-
     from forge.pipeline import check_budget
     from forge.train.memory import parse_size
 
     resolved = load_config(config, overrides)
-    ram_bytes = parse_size(ram) if ram is not None else int(psutil.virtual_memory().total)
+    ram_bytes = parse_size(ram) if ram is not None else _all_memory()
     check_budget(resolved, ram_bytes)
     return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
 
@@ -288,6 +304,12 @@ def _check_model_dir(path: Path) -> None:
     if not (path / INDEX_FILE).is_file():
         hint = str(path / "model") if (path / "model" / INDEX_FILE).is_file() else "the `model` directory of a run"
         raise StorageError(f"{path} is not a model directory: it has no {INDEX_FILE}; give {hint}.")
+
+
+def _all_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def _threads(threads: int | None) -> int:

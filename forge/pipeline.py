@@ -19,7 +19,8 @@ from forge.errors import ForgeError, ShardError
 from forge.files import Beginning, RunDirectory, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes
-from forge.train.memory import plan
+from forge.train.memory import STAGES as MEMORY_STAGES
+from forge.train.memory import plan, process_bytes
 from forge.vocabulary import STAGES
 
 Progress = Callable[..., None]
@@ -152,13 +153,19 @@ def run_all(root: Path, config: RunConfig, *, ram_bytes: int, threads: int | Non
     run = prepare_run(root, config, STAGES, ram_bytes=ram_bytes, threads=threads, on_event=on_event)
     start(run)
     if not (run.reports / "evaluation.json").is_file():
-        call("evaluate", {"run_dir": str(root), "final": False}, on_event, threads)
+        _evaluate(run, False, on_event, threads)
     done = arrived(run.model)
     for partition in range(config.model.n_experts):
         if partition not in done:
             train_and_accept(run, partition, ram_bytes=ram_bytes, threads=threads, device=device, on_event=on_event)
-            call("evaluate", {"run_dir": str(root), "final": False}, on_event, threads)
-    return call("evaluate", {"run_dir": str(root), "final": True}, on_event, threads)
+            _evaluate(run, False, on_event, threads)
+    return _evaluate(run, True, on_event, threads)
+
+
+def _evaluate(run: RunDirectory, final: bool, on_event: OnEvent, threads: int | None) -> dict[str, Any]:
+    row = call("evaluate", {"run_dir": str(run.root), "final": final}, on_event, threads)
+    note_memory(run, "evaluate", row)
+    return row
 
 
 def prepare_run(root: Path, config: RunConfig, stages: tuple[str, ...], *, ram_bytes: int, threads: int | None,
@@ -189,6 +196,7 @@ def train_and_accept(run: RunDirectory, partition: int, *, ram_bytes: int, threa
     note_memory(run, f"expert {partition}", trained)
     shard = Path(trained["shard"])
     verdict = call("validate", {"run_dir": str(run.root), "partition": partition, "shard": str(shard)}, on_event, threads)
+    note_memory(run, "validate", verdict)
     if not verdict["accepted"]:
         raise ShardError(f"The expert of partition {partition} was not accepted: {'; '.join(verdict['reasons'])}. Train "
                          "it on more tokens (train.expert.tokens), or lower its learning rate.")  # fmt: skip
@@ -213,18 +221,26 @@ def local_assignment(run: RunDirectory, partition: int) -> dict[str, Any]:
 
 
 def note_memory(run: RunDirectory, process: str, facts: dict[str, Any]) -> None:
-    """Keep the measured peak of a process beside its prediction, in reports/memory.json."""
+    """Keep the largest measured peak of a process beside its prediction, in reports/memory.json.
+
+    Args:
+        run: the run.
+        process: the stage, as `forge.train.memory` names it; an expert has its number after it.
+        facts: the job's result; `predicted_bytes` when the job made a plan of its own.
+    """
     path = run.reports / "memory.json"
     rows = dict(read_json(path)) if path.is_file() else {}
-    rows[process] = {"peak_bytes": facts.get("peak_bytes"), "predicted_bytes": facts.get("predicted_bytes")}
+    before = rows.get(process, {}).get("peak_bytes") or 0
+    predicted = facts.get("predicted_bytes") or process_bytes(run.config, process.split()[0])
+    rows[process] = {"peak_bytes": max(before, facts.get("peak_bytes") or 0), "predicted_bytes": predicted}
     write_json(path, rows)
 
 
 def check_budget(config: RunConfig, ram_bytes: int) -> None:
-    """Refuse a budget that cannot hold the larger training phase, before anything is read or downloaded.
+    """Refuse a budget that cannot hold every stage, before anything is read or downloaded.
 
     Raises:
         MemoryBudgetError: names the `--ram` that would do.
     """
-    plan(config, "shared", ram_bytes)
-    plan(config, "expert", ram_bytes)
+    for stage in MEMORY_STAGES:
+        plan(config, stage, ram_bytes)

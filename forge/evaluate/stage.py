@@ -33,9 +33,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
         calibration = calibrate(run.model, validation, END_OF_TEXT_ID, config.model.max_seq_len, config.evaluation.tokens)
     report = _report(run)
     if report["shared_losses"] is None:
-        shared = load_shared(run)
-        report["shared_losses"] = [partition_loss(run, shared, file["test"]["sha256"])
-                                   for file in published["partitions"]]  # fmt: skip
+        report["shared_losses"] = _shared_losses(run, published)
     row = evaluate_model(run.model, tests, run.data / "tokenizer.json", config.evaluation, final=final,
                          shared_losses=report["shared_losses"], experts=len(experts), progress=progress)  # fmt: skip
     row |= {"arrived": experts, "calibration": calibration}
@@ -43,6 +41,12 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     write_json(run.reports / "evaluation.json", report)
     _draw(run, report["rows"])
     return row
+
+
+def _shared_losses(run: RunDirectory, published: dict[str, Any]) -> list[float | None]:
+    """A function of its own so that the dense model is gone before the assembled one is loaded."""
+    shared = load_shared(run)
+    return [partition_loss(run, shared, file["test"]["sha256"]) for file in published["partitions"]]
 
 
 def _report(run: RunDirectory) -> dict[str, Any]:

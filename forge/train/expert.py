@@ -46,11 +46,13 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     device = resolve_device(device)
     partition = int(assignment["partition"])
     model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
+    model.recompute = chosen.recompute
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
                               expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(
         phase=config.train.expert, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
-        micro_batch=chosen.micro_batch, directory=work_dir, checkpoint_seconds=config.train.checkpoint_seconds,
+        micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=work_dir,
+        checkpoint_seconds=config.train.checkpoint_seconds,
         stage=f"expert {partition}", device=device, autocast=autocast_dtype(device)), progress, should_stop)  # fmt: skip
     outcome = {"finished": result.finished, "step": result.step, "steps": result.steps, "loss": result.loss,
                "predicted_bytes": chosen.peak_bytes}  # fmt: skip

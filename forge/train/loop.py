@@ -19,7 +19,7 @@ from forge.data.packing import SequenceSampler
 from forge.errors import TrainingError, storage_errors
 from forge.files import write_bytes
 from forge.model.lm import DenseLM
-from forge.train.loss import chunked_cross_entropy
+from forge.train.loss import CHUNK_POSITIONS, chunked_cross_entropy
 from forge.train.optim import Optimizer, learning_rate
 from forge.train.resume import load_checkpoint, save_checkpoint
 
@@ -51,6 +51,8 @@ class LoopSettings:
     """Torch device."""
     autocast: torch.dtype | None = None
     """Type of the matrix products; None computes in float32."""
+    loss_rows: int = CHUNK_POSITIONS
+    """Rows of logits that exist at a time; decides memory, not the result."""
 
     @property
     def steps(self) -> int:
@@ -140,7 +142,8 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
         inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
         with torch.autocast(settings.device.split(":")[0], settings.autocast, enabled=settings.autocast is not None):
             hidden_BTD = model(inputs_BT)
-            loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten())
+            loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(),
+                                         chunk_positions=settings.loss_rows)  # fmt: skip
         share = tokens.shape[0] / settings.batch_size
         torch.autograd.backward(loss * share)
         total += loss.detach() * share

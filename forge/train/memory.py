@@ -1,31 +1,53 @@
-"""The memory plan: predict the peak of a stage from the config alone, and choose what makes it fit `--ram`.
+"""The memory plan: predict the peak of every process from the config alone, and choose what makes training fit `--ram`.
 
-The choice is the micro-batch: gradients are accumulated over micro-batches, so the batch that an optimiser step sees, and
-with it the result, stays what the config says. Nothing here imports torch: a node refuses before it downloads.
+The choices are the micro-batch, the rows of logits that exist at a time and the recomputation of activations. Gradients are
+accumulated over micro-batches, so the batch that an optimiser step sees, and with it the result, stays what the config
+says. Nothing here imports torch: a node refuses before it downloads.
+
+Constants are measured (`benchmarks/memory.py` holds the predictions against real processes); everything that depends on the
+model is counted. N positions of a forward pass, D model width, F FFN width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 import math
 import re
 from typing import Literal
 
-from forge.config import ModelConfig, RunConfig
+from forge.config import ModelConfig, PhaseConfig, RunConfig
 from forge.errors import ConfigError, MemoryBudgetError
 
-Stage = Literal["shared", "expert", "evaluate"]
+Stage = Literal["prepare", "shared", "partition", "router", "publish", "expert", "validate", "evaluate", "generate",
+                "assemble"]  # fmt: skip
+#: Every process of a run that holds text or tensors, in the order in which they run.
+STAGES: tuple[Stage, ...] = ("prepare", "shared", "partition", "router", "publish", "expert", "validate", "evaluate",
+                             "generate", "assemble")  # fmt: skip
+TRAINING: tuple[Stage, ...] = ("shared", "expert")
 
 MB = 1 << 20
-_FLOAT = 4
-#: Interpreter, torch and what torch's optimisers import on first use: measured resident, CPU build of torch 2.13.
-RUNTIME_BYTES = 345 * MB
-#: Scientific libraries of the evaluation (matplotlib, tokenizers): measured resident on top of the runtime.
-EVALUATION_LIBRARIES = 110 * MB
-#: Rows of logits that exist at a time, three float32 copies each (logits, gradient, cast); see forge/train/loss.py.
+_FLOAT, _DOUBLE = 4, 8
+#: Interpreter, imports and what their first use allocates, in MB resident; torch 2.13 for CPUs, one or two threads.
+RUNTIME_MB: dict[str, int] = {
+    "prepare": 57, "shared": 262, "partition": 262, "router": 284, "publish": 254, "expert": 258, "validate": 254,
+    "evaluate": 304, "generate": 254, "assemble": 47}  # fmt: skip
+#: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
+LIGHT_MB = {"coordinator": 116, "node": 77}
+#: scikit-learn, imported when a corpus is clustered.
+_SKLEARN_BYTES = 78 * MB
+#: Rows of logits that exist at a time; see forge/train/loss.py.
 LOSS_ROWS = 256
+SMALL_LOSS_ROWS = 64
 #: A micro-batch above this gains no speed on a CPU (measured at the default size) and only costs memory.
 LARGEST_MICRO_BATCH = 4
+#: Tokens of a forward pass: of an evaluation, and of the partition and router stages.
+_EVALUATION_TOKENS, _STATISTICS_TOKENS = 512, 2048
+#: Bytes of a document of text, on average, where only the size of the corpus is known (WikiText-103: 19 KB, Python's
+#: standard library: 15 KB).
+_DOCUMENT_BYTES = 16 << 10
+_SAMPLE_DOCUMENTS = 16_384
+_TEMPERATURE_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -36,8 +58,13 @@ class Plan:
     """
 
     stage: str
-    micro_batch: int
     parts: dict[str, int]
+    micro_batch: int = 1
+    """Sequences of one forward and backward pass."""
+    recompute: bool = False
+    """Whether the backward pass computes activations again instead of keeping them."""
+    loss_rows: int = LOSS_ROWS
+    """Rows of logits that exist at a time."""
 
     @property
     def peak_bytes(self) -> int:
@@ -45,45 +72,45 @@ class Plan:
         return sum(self.parts.values())
 
 
-def predict(config: RunConfig, stage: Stage, micro_batch: int) -> Plan:
-    """Predict the peak of `stage` with sequences of `max_seq_len` tokens in micro-batches of `micro_batch`."""
-    model = config.model
-    parts = {"runtime": RUNTIME_BYTES}
-    if stage == "evaluate":
-        return Plan(stage, micro_batch, parts | {
-            "libraries": EVALUATION_LIBRARIES,
-            "weights": model.total_parameters * _FLOAT,
-            "activations": _forward_bytes(model, micro_batch * model.max_seq_len),
-            "loss": LOSS_ROWS * model.vocab_size * _FLOAT * 3,
-        })  # fmt: skip
-    phase = config.train.shared if stage == "shared" else config.train.expert
-    hidden = model.expert_parameters + (model.attention_parameters if stage == "shared" else 0)
-    rest = model.embedding_parameters + model.norm_parameters if stage == "shared" else 0
-    slots = hidden * (1 if phase.optimizer == "muon" else 2) + rest * 2
-    return Plan(stage, micro_batch, parts | {
-        "weights": model.dense_parameters * _FLOAT,
-        "gradients": (hidden + rest) * _FLOAT,
-        "optimizer": slots * _FLOAT + _largest_matrix(model) * _FLOAT * 4,
-        "activations": _saved_bytes(model, micro_batch * model.max_seq_len),
-        "loss": LOSS_ROWS * model.vocab_size * _FLOAT * 3 + (model.embedding_parameters * _FLOAT if rest else 0),
-    })  # fmt: skip
+def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bool = False,
+            loss_rows: int = LOSS_ROWS) -> Plan:  # fmt: skip
+    """Predict the peak of `stage`; the last three arguments matter to training only."""
+    parts = {"runtime": RUNTIME_MB[stage] * MB}
+    if stage in TRAINING:
+        parts |= _training(config, stage == "shared", micro_batch, recompute, loss_rows)
+        return Plan(stage, parts, micro_batch, recompute, loss_rows)
+    return Plan(stage, parts | _OTHERS[stage](config))
+
+
+def process_bytes(config: RunConfig, process: str) -> int:
+    """The predicted peak of any process of a run, of the light ones too; training is taken with one sequence at a time."""
+    return LIGHT_MB[process] * MB if process in LIGHT_MB else predict(config, process).peak_bytes  # type: ignore[arg-type]
 
 
 def plan(config: RunConfig, stage: Stage, ram_bytes: int) -> Plan:
     """The fastest plan of `stage` that fits `ram_bytes`.
 
     Raises:
-        MemoryBudgetError: not even one sequence at a time fits; the sentence names the `--ram` that would do.
+        MemoryBudgetError: not even the smallest fits; the sentence names the `--ram` that would do.
     """
-    largest = min(LARGEST_MICRO_BATCH, config.train.batch_size)
-    for micro_batch in range(largest, 0, -1):
-        candidate = predict(config, stage, micro_batch)
-        if candidate.peak_bytes <= ram_bytes and (micro_batch == 1 or config.train.batch_size % micro_batch == 0):
+    for candidate in candidates(config, stage):
+        if candidate.peak_bytes <= ram_bytes:
             return candidate
-    needed = predict(config, stage, 1).peak_bytes
+    needed = candidate.peak_bytes
     raise MemoryBudgetError(
-        f"{_STAGE_NAMES[stage]} of the run {config.name!r} needs {format_size(needed)} and --ram allows "
-        f"{format_size(ram_bytes)}: use --ram {math.ceil(needed / (64 * MB)) * 64}M or more.")  # fmt: skip
+        f"{_STAGE_NAMES.get(stage, f'The {stage} stage')} of the run {config.name!r} needs {format_size(needed)} and --ram "
+        f"allows {format_size(ram_bytes)}: use --ram {math.ceil(needed / (64 * MB)) * 64}M or more.")  # fmt: skip
+
+
+def candidates(config: RunConfig, stage: Stage) -> Iterator[Plan]:
+    """Every plan of a stage, the fastest first and the smallest last."""
+    if stage not in TRAINING:
+        yield predict(config, stage)
+        return
+    largest = min(LARGEST_MICRO_BATCH, config.train.batch_size)
+    for micro_batch in (m for m in range(largest, 0, -1) if config.train.batch_size % m == 0):
+        yield predict(config, stage, micro_batch)
+    yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS)
 
 
 def parse_size(text: str) -> int:
@@ -106,17 +133,137 @@ def format_size(size: float) -> str:
 _STAGE_NAMES = {"shared": "Training the shared components", "expert": "Training an expert", "evaluate": "Evaluation"}
 
 
-def _saved_bytes(model: ModelConfig, tokens: int) -> int:
-    """What autograd keeps for the backward pass of `tokens` tokens, and the largest temporary of it."""
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool, loss_rows: int) -> dict[str, int]:
+    model = config.model
+    phase = config.train.shared if shared else config.train.expert
+    hidden = model.expert_parameters + (model.attention_parameters if shared else 0)
+    rest = model.embedding_parameters + model.norm_parameters if shared else 0
+    positions = micro_batch * model.max_seq_len
+    stream = model.d_model * positions * _FLOAT
+    layer = _saved_floats(model, frozen=not shared) * positions * _FLOAT
+    kept = model.n_layers * layer
+    if recompute:
+        kept = model.n_layers * stream + layer
+    elif not shared:  # Nothing before the first expert learns, so no gradient goes through the attention below it.
+        kept -= (4 * model.d_model + 2 * model.kv_heads * model.head_dim) * positions * _FLOAT
+    kept += 3 * stream  # The final norm's input and output, and the loss's gradient of it.
+    # The gradients of an only micro-batch take the place of the activations that they come from.
+    gradients = (hidden + rest) * _FLOAT - (kept if micro_batch == config.train.batch_size else 0)
+    # Beside the activations come either the logits or what the first layer of the backward pass computes; the gradient of the
+    # head waits for that of the embedding.
+    logits = min(loss_rows, positions) * model.vocab_size * _FLOAT
+    backward = 2 * model.ffn_width * positions * _FLOAT + 2 * _largest_matrix(model) * _FLOAT
+    head_gradient = model.vocab_size * model.d_model * _FLOAT if shared else 0
+    return {
+        "weights": model.dense_parameters * _FLOAT,
+        "gradients": max(gradients, 0),
+        "optimizer": _slots(phase, hidden, rest) * _FLOAT,
+        "activations": kept,
+        "loss": head_gradient + max(logits, backward),
+    }
+
+
+def _saved_floats(model: ModelConfig, frozen: bool) -> int:
+    """Floats a position that autograd keeps of a layer; a frozen matrix needs no gradient and so not its input."""
     kv = model.kv_heads * model.head_dim
-    layer = 7 * model.d_model + 4 * kv + 4 * model.ffn_width
-    transient = 3 * model.ffn_width + 3 * model.d_model
-    return tokens * _FLOAT * (model.n_layers * layer + transient + 3 * model.d_model)
+    attention = (3 if frozen else 5) * model.d_model + 2 * kv
+    return attention + 2 * model.d_model + 3 * model.ffn_width
 
 
-def _forward_bytes(model: ModelConfig, tokens: int) -> int:
-    return tokens * _FLOAT * (6 * model.d_model + 3 * model.ffn_width)
+def _slots(phase: PhaseConfig, hidden: int, rest: int) -> int:
+    return hidden * (1 if phase.optimizer == "muon" else 2) + rest * 2
 
 
 def _largest_matrix(model: ModelConfig) -> int:
     return model.d_model * max(model.ffn_width, model.d_model)
+
+
+# Everything else ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(config: RunConfig) -> dict[str, int]:
+    corpus = config.data.max_bytes or config.tokenizer.train_bytes
+    learned = 0 if config.tokenizer.path is not None else min(config.tokenizer.train_bytes, corpus)
+    # The trainer holds the distinct words, whose number grows with a power of the text (Heaps 1978); the encoder some 150 bytes
+    # a token of a batch of 1 MB.
+    return {"tokenizer": round(14 * MB * math.sqrt(learned / 1e6)),
+            "data": round(40 * MB * min(1.0, corpus / 1e6)) + _documents(config) * 28}  # fmt: skip
+
+
+def _partition(config: RunConfig) -> dict[str, int]:
+    if config.partition.method not in ("clustered", "curriculum"):
+        return {"data": _documents(config) * 64, "libraries": _SKLEARN_BYTES * (config.partition.method == "tfidf")}
+    reading = _dense_weights(config.model) | _forward(config.model, _STATISTICS_TOKENS)
+    if config.partition.method == "curriculum":
+        return reading
+    # k-means runs after the model is gone: on a sample in float64, copied twice, beside the mapped features of all documents.
+    documents, width = _documents(config), config.model.d_model
+    clustering = 3 * min(documents, _SAMPLE_DOCUMENTS) * width * _DOUBLE + documents * width * _FLOAT
+    return reading if sum(reading.values()) > clustering + _SKLEARN_BYTES else {
+        "libraries": _SKLEARN_BYTES, "data": clustering}  # fmt: skip
+
+
+def _router(config: RunConfig) -> dict[str, int]:
+    model = config.model
+    square = model.d_model**2 * _DOUBLE
+    positions = min(_STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
+    inputs = positions * model.n_layers * model.d_model
+    logits = 2 * _TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
+    # Every layer's input is collected in a forward pass and widened after it; the logits of held-out tokens come last.
+    reading = max(inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits)
+    return _dense_weights(model) | {"statistics": model.n_layers * square * 2 + 3 * square, "activations": reading}
+
+
+def _validate(config: RunConfig) -> dict[str, int]:
+    return _dense_weights(config.model) | _forward(config.model, _EVALUATION_TOKENS)
+
+
+def _evaluate(config: RunConfig) -> dict[str, int]:
+    return _mixture_weights(config.model) | _forward(config.model, _EVALUATION_TOKENS)
+
+
+def _generate(config: RunConfig) -> dict[str, int]:
+    model = config.model
+    cache = 2 * model.n_layers * model.max_seq_len * model.kv_heads * model.head_dim * _FLOAT
+    return _mixture_weights(model) | {"cache": cache, "logits": 6 * model.vocab_size * _FLOAT}
+
+
+def _assemble(config: RunConfig) -> dict[str, int]:
+    return {"data": 1 * MB}  # A chunk of a file.
+
+
+_OTHERS = {"prepare": _prepare, "partition": _partition, "router": _router, "publish": _validate, "validate": _validate,
+           "evaluate": _evaluate, "generate": _generate, "assemble": _assemble}  # fmt: skip
+
+
+def _dense_weights(model: ModelConfig) -> dict[str, int]:
+    """The shared components, mapped, and an FFN, copied; other types than float32 are widened."""
+    return {"weights": model.dense_parameters * _FLOAT}
+
+
+def _mixture_weights(model: ModelConfig) -> dict[str, int]:
+    """The assembled model, mapped; in bfloat16 all but the experts is widened, and of these one matrix at a time."""
+    if model.dtype == "float32":
+        return {"weights": model.total_parameters * _FLOAT}
+    experts = model.n_experts * model.expert_parameters
+    widened = (model.total_parameters - experts) * _FLOAT
+    return {"weights": experts * 2 + widened + _largest_matrix(model) * _FLOAT}
+
+
+def _forward(model: ModelConfig, positions: int) -> dict[str, int]:
+    positions = max(positions, model.max_seq_len)
+    logits = min(LOSS_ROWS, positions) * model.vocab_size * _FLOAT
+    return {"activations": max(_layer_bytes(model, positions), logits + positions * model.d_model * _FLOAT)}
+
+
+def _layer_bytes(model: ModelConfig, positions: int) -> int:
+    """What a layer holds at its widest in a forward pass without gradients."""
+    return positions * _FLOAT * (3 * model.ffn_width + 4 * model.d_model)
+
+
+def _documents(config: RunConfig) -> int:
+    """Documents of the corpus: from its size where that is limited, else the most that a stage looks at at a time."""
+    return _SAMPLE_DOCUMENTS if config.data.max_bytes is None else config.data.max_bytes // _DOCUMENT_BYTES

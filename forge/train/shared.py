@@ -39,12 +39,14 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
     model = DenseLM(config.model)
     model.initialise(torch.Generator().manual_seed(config.seed))
     model.to(device)
+    model.recompute = chosen.recompute
     corpus = TokenFile(run.data / "corpus.safetensors")
     training = np.flatnonzero(np.load(run.data / "split.npy") == 0)
     sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, END_OF_TEXT_ID, training)
     result = train(model, sampler, LoopSettings(
         phase=config.train.shared, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
-        micro_batch=chosen.micro_batch, directory=run.work / "shared", stage="shared", device=device,
+        micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=run.work / "shared", stage="shared",
+        device=device,
         checkpoint_seconds=config.train.checkpoint_seconds, autocast=autocast_dtype(device)), progress, should_stop)  # fmt: skip
     if not result.finished:
         return None

@@ -1,12 +1,32 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
 import pytest
+import torch
 
-from forge.config import load_config
+from forge.config import RunConfig, load_config
 from forge.errors import ConfigError, MemoryBudgetError
-from forge.train.memory import MB, Plan, format_size, parse_size, plan, predict
+from forge.model.lm import DenseLM
+from forge.planning import gain, plan_lines
+from forge.train.loop import LoopSettings, train
+from forge.train.memory import (
+    LIGHT_MB,
+    MB,
+    STAGES,
+    Plan,
+    Stage,
+    candidates,
+    format_size,
+    parse_size,
+    plan,
+    predict,
+    process_bytes,
+)
 
 
 @pytest.mark.parametrize(("text", "size"), [("8G", 8 << 30), ("512M", 512 << 20), ("1.5GiB", 3 << 29), ("1024", 1024),
@@ -21,17 +41,17 @@ def test_wrong_sizes_are_refused(text: str) -> None:
         parse_size(text)
 
 
-@given(ram=st.integers(1, 64 << 10).map(lambda megabytes: megabytes * MB), stage=st.sampled_from(["shared", "expert"]))
-def test_a_plan_fits_or_the_refusal_names_a_budget_that_does(ram: int, stage: str) -> None:
+@given(ram=st.integers(1, 64 << 10).map(lambda megabytes: megabytes * MB), stage=st.sampled_from(STAGES))
+def test_a_plan_fits_or_the_refusal_names_a_budget_that_does(ram: int, stage: Stage) -> None:
     config = load_config("default")
     try:
-        chosen = plan(config, stage, ram)  # type: ignore[arg-type]
+        chosen = plan(config, stage, ram)
         assert chosen.peak_bytes <= ram
         assert config.train.batch_size % chosen.micro_batch == 0
     except MemoryBudgetError as error:
         named = str(error).split("use --ram ")[1].split(" or more")[0]
         assert parse_size(named) > ram
-        assert isinstance(plan(config, stage, parse_size(named)), Plan)  # type: ignore[arg-type]
+        assert isinstance(plan(config, stage, parse_size(named)), Plan)
 
 
 def test_an_expert_costs_less_than_the_shared_components() -> None:
@@ -41,8 +61,86 @@ def test_an_expert_costs_less_than_the_shared_components() -> None:
 
 def test_every_stage_of_the_billion_fits_eight_gigabytes() -> None:
     config = load_config("billion")
-    for stage in ("shared", "expert", "evaluate"):
-        assert predict(config, stage, 1).peak_bytes < 8 << 30
+    for stage in STAGES:
+        assert predict(config, stage).peak_bytes < 8 << 30
+
+
+@pytest.mark.parametrize("stage", ["shared", "expert"])
+def test_less_memory_means_smaller_micro_batches_then_recomputation(stage: Stage) -> None:
+    options = list(candidates(load_config("default"), stage))
+    assert [(option.micro_batch, option.recompute) for option in options] == [(4, False), (2, False), (1, False), (1, True)]
+    peaks = [option.peak_bytes for option in options]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_bigger_model_costs_more_in_every_process() -> None:
+    small, large = load_config("default"), load_config("default", ["model.d_model=1024", "model.d_ff=4096"])
+    for stage in set(STAGES) - {"prepare", "assemble"}:  # These hold text or chunks of files, and no tensors.
+        assert predict(large, stage).peak_bytes > predict(small, stage).peak_bytes, stage
+
+
+def test_every_process_of_a_run_has_a_prediction() -> None:
+    config = load_config("smoke")
+    for process in (*STAGES, *LIGHT_MB):
+        assert process_bytes(config, process) > 20 * MB
+
+
+class RandomSampler:
+    """Sequences that are a pure function of the step, as the real sampler's are."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._model = config.model
+
+    def batch(self, step: int, batch_size: int) -> np.ndarray:
+        # A quarter of the vocabulary, so that there is something to learn.
+        shape = (batch_size, self._model.max_seq_len + 1)
+        return np.random.default_rng(step).integers(0, self._model.vocab_size // 4, size=shape)
+
+
+@pytest.mark.parametrize("stage", ["shared", "expert"])
+def test_the_budget_does_not_change_the_loss_curve(tmp_path: Path, stage: Stage) -> None:
+    config = load_config("smoke", ["model.d_model=64", "model.d_ff=128", "model.n_layers=2", "model.vocab_size=512",
+                                   "model.max_seq_len=96", "train.batch_size=4"])  # fmt: skip
+    smallest = min(option.peak_bytes for option in candidates(config, stage))
+    curves = []
+    for ram in (smallest, 16 << 30):
+        chosen = plan(config, stage, ram)
+        model = DenseLM(config.model)
+        model.initialise(torch.Generator().manual_seed(0))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(stage == "shared" or ".mlp." in name)
+        model.recompute = chosen.recompute
+        phase = config.train.shared.model_copy(update={"tokens": 50 * 4 * 96})
+        directory = tmp_path / str(ram)
+        train(model, RandomSampler(config), LoopSettings(  # type: ignore[arg-type]
+            phase=phase, batch_size=4, sequence_length=96, micro_batch=chosen.micro_batch, directory=directory,
+            checkpoint_seconds=1e9, stage=stage, loss_rows=chosen.loss_rows), lambda **_: None, lambda: False)  # fmt: skip
+        curves.append([json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()])
+        settings = (chosen.micro_batch, chosen.recompute, chosen.loss_rows)
+        assert settings == ((1, True, 64) if ram == smallest else (4, False, 256))
+    assert len(curves[0]) == 50 and curves[0][-1] < curves[0][0] - 0.05
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
+
+
+def test_the_printed_plan_marks_the_chosen_plan_and_what_does_not_fit() -> None:
+    config = load_config("default")
+    shared = list(candidates(config, "shared"))
+    lines = list(plan_lines(config, shared[2].peak_bytes, rate=1e11))
+    assert [line.split()[:3] for line in lines if line.startswith(">")] == [[">", "shared", "1"], [">", "expert", "2"]]
+    assert all(any(line[2:].startswith(stage) for line in lines) for stage in STAGES)
+    printed = []
+    with pytest.raises(MemoryBudgetError, match="Training the shared components .* use --ram"):
+        for line in plan_lines(config, shared[-1].peak_bytes - 1, rate=1e11):
+            printed.append(line)
+    assert [line.split()[1] for line in printed if line.startswith("!")] == ["shared"]
+
+
+def test_the_gain_of_more_memory_is_a_sentence() -> None:
+    config = load_config("default")
+    options = list(candidates(config, "shared"))
+    assert gain(config, "shared", options[0].peak_bytes, 1e11) == "shared: more memory gains nothing."
+    assert "would be" in gain(config, "shared", options[-1].peak_bytes, 1e11)
+    assert "nothing fits" in gain(config, "shared", 64 * MB, 1e11)
 
 
 def test_format() -> None:
