@@ -73,13 +73,19 @@ class ModelConfig(Section):
     n_layers: Count = Field(default=4, ge=1)
     """Decoder layers."""
     n_heads: Count = Field(default=8, ge=1)
-    """Query heads; must divide d_model."""
+    """Query heads of a layer, the context head's included."""
+    head_dim: Count = Field(default_factory=lambda known: known.get("d_model", 8) // known.get("n_heads", 1), ge=2)
+    """Width of one attention head; even. When it is not given, d_model / n_heads, which must then be whole."""
     n_kv_heads: Count | None = Field(default=None, ge=1)
     """Key and value heads (grouped-query attention); must divide n_heads. None means n_heads."""
     n_experts: Count = Field(default=5, ge=1)
     """Experts, and so partitions of the corpus and shards of the run."""
     top_k: Count = Field(default=2, ge=1)
     """Experts that a token is sent to."""
+    context_channels: Count = Field(default=8, ge=0)
+    """Channels of the residual stream, of d_model, that are kept for what the text so far is about: the last key/value head
+    of every layer writes it there in closed form, and only the router reads it. At most head_dim, and at most
+    n_experts - 1 of them are used; 0 gives the router nothing but the token's own state."""
     max_seq_len: Count = Field(default=512, ge=8)
     """Tokens in a training sequence and the longest context that the model claims."""
     rope_theta: float = Field(default=10000.0, gt=0)
@@ -95,11 +101,6 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Key and value heads, resolved."""
         return self.n_kv_heads or self.n_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
 
     @property
     def ffn_width(self) -> int:
@@ -145,12 +146,18 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads ({self.n_heads}) must divide d_model ({self.d_model})")
+        if "head_dim" not in self.model_fields_set and self.d_model % self.n_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must divide d_model ({self.d_model}) unless head_dim is given")
         if self.head_dim % 2:
-            raise ValueError(f"d_model / n_heads ({self.head_dim}) must be even for rotary embeddings")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads ({self.kv_heads}) must divide n_heads ({self.n_heads})")
+        if self.context_channels > min(self.head_dim, self.d_model // 2):
+            raise ValueError(f"context_channels ({self.context_channels}) must not exceed head_dim ({self.head_dim}) or half "
+                             f"of d_model ({self.d_model})")  # fmt: skip
+        if self.context_channels and self.kv_heads < 2:
+            raise ValueError("context_channels needs a key/value head of its own: set n_heads and n_kv_heads to 2 or more, "
+                             "or context_channels to 0")  # fmt: skip
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k ({self.top_k}) must not exceed n_experts ({self.n_experts})")
         return self

@@ -85,7 +85,8 @@ def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
         files.append(file | {"shared_loss": partition_loss(run, model, file["validation"]["sha256"])})
         progress(stage="publish", step=len(files), steps=len(partitions["partitions"]), message="measuring shared loss")
     return {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "shared": shared["shared"],
-            "shared_ffn": shared["shared_ffn"], "router": router["router"], "partitions": files}  # fmt: skip
+            "shared_ffn": shared["shared_ffn"], "shared_with_context": router["shared_with_context"],
+            "router": router["router"], "partitions": files}  # fmt: skip
 
 
 _STAGE_FUNCTIONS: dict[str, Callable[[RunDirectory, int, Progress, ShouldStop], dict[str, Any] | None]] = {

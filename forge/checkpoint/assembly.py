@@ -42,11 +42,11 @@ def start(run: RunDirectory) -> None:
         model.mkdir(parents=True, exist_ok=True)
         remove_temporaries(model)
         held = _manifest(model)
-        for part in ("shared", "router", "shared_ffn"):
+        for part in ("shared_with_context", "router", "shared_ffn"):
             _check_blob(run, part, published[part]["sha256"])
         rescaled = _calibration(model, held)
         if rescaled is None:
-            _place(run, published["shared"]["sha256"], SHARED_FILE)
+            _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
         _place(run, published["router"]["sha256"], ROUTER_FILE)
         experts = [_settle(run, partition, _row(held, partition), published["shared_ffn"]["sha256"])
                    for partition in range(config.n_experts)]  # fmt: skip

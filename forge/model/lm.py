@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import math
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
 import torch
@@ -104,6 +105,31 @@ class DenseLM(nn.Module):
             else:
                 drawn = torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator)
                 parameter.copy_(drawn)
+        self._silence_context()
+
+    def _silence_context(self) -> None:
+        """Zero the context channels and the context head, which the router stage fills in (`forge.router.context`).
+
+        Zero is a fixed point of training: nothing reads or writes the channels, so every gradient there is zero too.
+        """
+        config = self.config
+        if not config.context_channels:
+            return
+        channels, head = slice(-config.context_channels, None), slice(-config.head_dim, None)
+        group = slice(-config.head_dim * (config.n_heads // config.kv_heads), None)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter[channels] = 0
+            elif name.endswith(RESIDUAL_PROJECTIONS):
+                parameter[channels] = 0
+            else:
+                parameter[:, channels] = 0
+        for layer in cast(Iterable[DenseLayer], self.model.layers):
+            attention = layer.self_attn
+            attention.q_proj.weight[group] = 0
+            attention.k_proj.weight[head] = 0
+            attention.v_proj.weight[head] = 0
+            attention.o_proj.weight[:, group] = 0
 
     def forward(
         self, tokens_BT: Tensor, gate_inputs: list[Tensor] | None = None, cache: KeyValueCache | None = None

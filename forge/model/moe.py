@@ -227,13 +227,15 @@ def _model_config(raw: dict[str, Any], rope: dict[str, Any]) -> ModelConfig:
     width, heads = raw["intermediate_size"], raw["num_attention_heads"]
     if width % 128:
         raise ValueError(f"intermediate_size ({width}) must be a multiple of 128")
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=raw["vocab_size"],
         d_model=raw["hidden_size"],
         d_ff=width * 3 // 2,  # the inverse of ModelConfig.ffn_width
         n_layers=raw["num_hidden_layers"],
         n_heads=heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         n_kv_heads=raw.get("num_key_value_heads") or heads,
+        context_channels=0,  # whatever is in the weights is computed like any other head
         n_experts=raw["num_local_experts"],
         top_k=raw["num_experts_per_tok"],
         max_seq_len=raw["max_position_embeddings"],
@@ -242,9 +244,6 @@ def _model_config(raw: dict[str, Any], rope: dict[str, Any]) -> ModelConfig:
         tie_embeddings=raw.get("tie_word_embeddings", False),
         dtype="bfloat16" if (raw.get("dtype") or raw.get("torch_dtype")) == "bfloat16" else "float32",
     )
-    if (raw.get("head_dim") or config.head_dim) != config.head_dim:
-        raise ValueError(f"head_dim ({raw['head_dim']}) must be hidden_size / num_attention_heads ({config.head_dim})")
-    return config
 
 
 def _tensor_files(directory: Path, wanted: dict[str, names.Shape]) -> dict[str, Path]:

@@ -15,16 +15,16 @@ MATRICES = ("w1", "w2", "w3")
 
 def shared_tensors(model: ModelConfig) -> dict[str, Shape]:
     """Embedding, attention, norms and (untied) LM head, with their shapes."""
-    d, kv = model.d_model, model.kv_heads * model.head_dim
+    d, heads, kv = model.d_model, model.n_heads * model.head_dim, model.kv_heads * model.head_dim
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, d), "model.norm.weight": (d,)}
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = (d,)
         tensors[f"{prefix}.post_attention_layernorm.weight"] = (d,)
-        tensors[f"{prefix}.self_attn.q_proj.weight"] = (d, d)
+        tensors[f"{prefix}.self_attn.q_proj.weight"] = (heads, d)
         tensors[f"{prefix}.self_attn.k_proj.weight"] = (kv, d)
         tensors[f"{prefix}.self_attn.v_proj.weight"] = (kv, d)
-        tensors[f"{prefix}.self_attn.o_proj.weight"] = (d, d)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = (d, heads)
     if not model.tie_embeddings:
         tensors["lm_head.weight"] = (model.vocab_size, d)
     return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from forge.data.packing import evaluation_windows
 from forge.data.tokens import TokenFile
 from forge.files import RunDirectory, write_bytes
 from forge.model.lm import DenseLM, load_dense
-from forge.model.names import gate_name
+from forge.model.names import gate_name, shared_tensors
+from forge.router.context import add_context
 from forge.router.fit import fit_rows, fit_temperature
 from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs, save_statistics
 from forge.train.loop import Progress
@@ -29,7 +31,8 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     """Fit the router on the frozen shared components and put it into the run's blobs.
 
     Returns:
-        Facts of the stage: the router's blob, and per layer the held-out token accuracy and the temperature's factor.
+        Facts of the stage: the blobs of the router and of the shared components with their context heads, and per layer
+        the held-out token accuracy and the temperature's factor.
     """
     config = run.config
     shared, partitions = run.marker("shared"), run.marker("partition")
@@ -37,23 +40,37 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     model = load_dense(config.model, run.blobs.path(shared["shared"]["sha256"]),
                        run.blobs.path(shared["shared_ffn"]["sha256"]))  # fmt: skip
     files = partitions["partitions"]
-    statistics = [LayerStatistics.empty(len(files), config.model.d_model) for _ in range(config.model.n_layers)]
     total = sum(file["tokens"] for file in files)
-    for file in files:
+
+    def windows(file: dict[str, Any]) -> Iterator[np.ndarray]:
         share = max(config.model.max_seq_len, round(config.router.tokens * file["tokens"] / total))
-        path = run.blobs.path(file["train"]["sha256"])
-        collect(model, file["partition"], _windows(path, config, share), statistics)
+        return _windows(run.blobs.path(file["train"]["sha256"]), config, share)
+
+    progress(stage="router", step=0, steps=len(files), message="fitting the context head")
+    add_context(model, [partial(windows, file) for file in files], config.router.shrinkage)
+    statistics = [LayerStatistics.empty(len(files), config.model.d_model) for _ in range(config.model.n_layers)]
+    for file in files:
+        collect(model, file["partition"], windows(file), statistics)
         progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
     save_statistics(run.data / "router-statistics.safetensors", statistics)
     rows = [fit_rows(layer, config.router) for layer in statistics]
     held_out = [run.blobs.path(file["validation"]["sha256"]) for file in files]
     factors, accuracies = temperatures(model, config, rows, held_out)
-    tensors = {gate_name(layer): torch.from_numpy(factor * rows_KD).to(getattr(torch, config.model.dtype))
-               for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}  # fmt: skip
-    path = run.work / "router.safetensors"
-    write_bytes(path, save(tensors, {"format": "pt"}))
+    dtype = getattr(torch, config.model.dtype)
+    weights = dict(model.named_parameters())
+    return {"router": _publish(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
+                                               for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}),
+            "shared_with_context": _publish(run, "shared-with-context", {
+                name: weights[name].detach().to(dtype) for name in shared_tensors(config.model)}),
+            "token_accuracy": accuracies, "factors": factors}  # fmt: skip
+
+
+def _publish(run: RunDirectory, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write tensors into the run's blobs."""
+    path = run.work / f"{name}.safetensors"
+    write_bytes(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
     size = path.stat().st_size
-    return {"router": {"sha256": run.blobs.adopt(path), "size": size}, "token_accuracy": accuracies, "factors": factors}
+    return {"sha256": run.blobs.adopt(path), "size": size}
 
 
 def temperatures(model: DenseLM, config: RunConfig, rows: Sequence[Array],

@@ -67,18 +67,24 @@ class LayerStatistics:
         return within
 
 
-def gate_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[list[Array]]:
-    """Gate inputs of windows, a batch of them at a time.
+def forward_batches(model: DenseLM, windows: Iterable[npt.NDArray[Any]]
+                    ) -> Iterator[tuple[npt.NDArray[np.bool_], list[torch.Tensor]]]:  # fmt: skip
+    """Run a model over windows, a batch of them at a time.
 
     Yields:
-        One array (N, D) for each of the L layers; the last token of a window has no successor and is left out.
+        Which positions (B, T) are tokens with a successor and no padding, and the gate input (B, T, D) of each layer.
     """
     for batch in batches(windows, BATCH_TOKENS):
         inputs_BT, targets_BT = pad(batch, IGNORE_INDEX)
-        kept_BT = targets_BT != IGNORE_INDEX
         collected: list[torch.Tensor] = []
         with torch.inference_mode():
             model(torch.from_numpy(inputs_BT), collected)
+        yield targets_BT != IGNORE_INDEX, collected
+
+
+def gate_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[list[Array]]:
+    """The gate input (N, D) of each layer, for the tokens of a batch of windows after another."""
+    for kept_BT, collected in forward_batches(model, windows):
         yield [x_BTD.numpy()[kept_BT].astype(np.float64) for x_BTD in collected]
 
 

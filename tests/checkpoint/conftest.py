@@ -50,12 +50,13 @@ def publish_run(root: Path, config: RunConfig | None = None) -> RunDirectory:
     run = RunDirectory.open(root, config)
     write_tokenizer(run.data)
     facts: dict[str, Any] = {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "partitions": []}
-    shapes = {"shared": names.shared_tensors, "router": names.router_tensors, "shared_ffn": names.ffn_tensors}
+    shapes = {"shared_with_context": names.shared_tensors, "router": names.router_tensors, "shared_ffn": names.ffn_tensors}
     for seed, (part, tensors) in enumerate(shapes.items()):
         path = run.work / f"{part}.safetensors"
         write_shard(path, random_tensors(tensors(config.model), seed, config.model.dtype), {})
         size = path.stat().st_size
         facts[part] = {"sha256": run.blobs.adopt(path), "size": size}
+    facts["shared"] = facts["shared_with_context"]
     run.finish("publish", facts)
     return run
 

@@ -79,7 +79,7 @@ def test_too_sharp_a_model_is_softened_once(tmp_path: Path, dtype: str) -> None:
     assert hash_file(run.model / SHARED_FILE) == sha256
     published = run.marker("publish")
     assert published is not None
-    assert run.blobs.path(published["shared"]["sha256"]).read_bytes() == blob
+    assert run.blobs.path(published["shared_with_context"]["sha256"]).read_bytes() == blob
     accept(run, 1, make_shard(run, 1), {})
     held = calibration(run.model)
     assert held is not None and held["sha256"] == sha256

@@ -106,7 +106,8 @@ class FakeJobs:
     def _publish(self, run: RunDirectory) -> dict[str, Any]:
         _write_tokenizer(run.data)
         facts: dict[str, Any] = {"run_id": run.run_id, "config_fingerprint": CONFIG.fingerprint, "partitions": []}
-        shapes = {"shared": names.shared_tensors, "router": names.router_tensors, "shared_ffn": names.ffn_tensors}
+        shapes = {"shared": names.shared_tensors, "shared_with_context": names.shared_tensors,
+                  "router": names.router_tensors, "shared_ffn": names.ffn_tensors}  # fmt: skip
         for seed, (part, shape) in enumerate(shapes.items()):
             facts[part] = _blob(run, save(tensors(shape(CONFIG.model), seed)))
         for partition in range(CONFIG.model.n_experts):
