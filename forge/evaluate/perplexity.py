@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forge.data.packing import batches, pad
-from forge.model.lm import DenseLM
+from forge.model.lm import LanguageModel
 from forge.model.moe import GateMode, MixtureLM, Routing
 from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
 
@@ -76,7 +76,7 @@ def equal_weight_mean(losses: Iterable[Loss]) -> float:
 
 
 def document_losses(
-    model: DenseLM | MixtureLM, windows: Iterable[npt.NDArray[Any]], *, gate: GateMode = "router",
+    model: LanguageModel, windows: Iterable[npt.NDArray[Any]], *, gate: GateMode = "router",
     only_expert: int | None = None, batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[float, int]:  # fmt: skip
     """Sum of the losses, in nats, and number of predicted tokens; `measure` without bytes."""
@@ -86,7 +86,7 @@ def document_losses(
 
 @torch.inference_mode()
 def measure(
-    model: DenseLM | MixtureLM, windows: Iterable[npt.NDArray[Any]], token_bytes_V: npt.NDArray[Any] | None = None, *,
+    model: LanguageModel, windows: Iterable[npt.NDArray[Any]], token_bytes_V: npt.NDArray[Any] | None = None, *,
     gate: GateMode = "router", only_expert: int | None = None, observe: Observer | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Loss:  # fmt: skip

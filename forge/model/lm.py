@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import math
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 import torch
@@ -27,6 +27,17 @@ from forge.model.recompute import recomputed
 INITIAL_STD = 0.02
 #: The projections that write to the residual stream.
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "w2.weight")
+
+
+class LanguageModel(Protocol):
+    """What losses are measured on: (B, T) token ids to (B, T, D) hidden states, and the head (V, D) that reads them."""
+
+    def __call__(self, tokens_BT: Tensor, /) -> Tensor:
+        """Hidden states after the final norm."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head."""
 
 
 class Embedding(nn.Module):
