@@ -16,10 +16,9 @@ import sys
 import threading
 import time
 
-import psutil
-
 from forge.cli import print_evaluation
-from forge.train.memory import format_size
+from forge.system import peak_resident_bytes_of
+from forge.train.memory import LIGHT_MB, MB, format_size
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = 2
@@ -72,7 +71,8 @@ def main() -> int:
     print_evaluation(options.run_dir)
     print("".join(_trainers), end="")
     for name, peak in peaks.items():
-        print(f"{name + ' (without torch)':28}{format_size(peak):>9}")
+        if name != "coordinator":  # It has noted its own.
+            print(f"{name + ' (without torch)':28}{format_size(peak):>9}{format_size(LIGHT_MB['node'] * MB):>11}")
     print(f"\nmodel: {options.run_dir / 'model'}   ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -88,10 +88,7 @@ def _relay(name: str, process: subprocess.Popen[str]) -> None:
 def _watch(processes: dict[str, subprocess.Popen[str]], peaks: dict[str, int]) -> None:
     while any(process.poll() is None for process in processes.values()):
         for name, process in processes.items():
-            try:
-                peaks[name] = max(peaks[name], psutil.Process(process.pid).memory_info().rss)
-            except psutil.Error:
-                pass  # Ended between two looks.
+            peaks[name] = max(peaks[name], peak_resident_bytes_of(process.pid))
         time.sleep(0.25)
 
 

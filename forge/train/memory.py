@@ -30,8 +30,10 @@ MB = 1 << 20
 _FLOAT, _DOUBLE = 4, 8
 #: Interpreter, imports and what their first use allocates, in MB resident; torch 2.13 for CPUs, one or two threads.
 RUNTIME_MB: dict[str, int] = {
-    "prepare": 57, "shared": 262, "partition": 262, "router": 284, "publish": 254, "expert": 258, "validate": 254,
-    "evaluate": 304, "generate": 254, "assemble": 47}  # fmt: skip
+    "prepare": 58, "shared": 267, "partition": 263, "router": 290, "publish": 254, "expert": 264, "validate": 254,
+    "evaluate": 304, "generate": 256, "assemble": 47}  # fmt: skip
+#: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated.
+_ALLOCATOR_SHARE = 0.02
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
 LIGHT_MB = {"coordinator": 116, "node": 77}
 #: scikit-learn, imported when a corpus is clustered.
@@ -75,11 +77,11 @@ class Plan:
 def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bool = False,
             loss_rows: int = LOSS_ROWS) -> Plan:  # fmt: skip
     """Predict the peak of `stage`; the last three arguments matter to training only."""
-    parts = {"runtime": RUNTIME_MB[stage] * MB}
-    if stage in TRAINING:
-        parts |= _training(config, stage == "shared", micro_batch, recompute, loss_rows)
-        return Plan(stage, parts, micro_batch, recompute, loss_rows)
-    return Plan(stage, parts | _OTHERS[stage](config))
+    training = stage in TRAINING
+    parts = (_training(config, stage == "shared", micro_batch, recompute, loss_rows) if training
+             else _OTHERS[stage](config))  # fmt: skip
+    parts = {"runtime": RUNTIME_MB[stage] * MB} | parts | {"allocator": round(_ALLOCATOR_SHARE * sum(parts.values()))}
+    return Plan(stage, parts, micro_batch, recompute, loss_rows) if training else Plan(stage, parts)
 
 
 def process_bytes(config: RunConfig, process: str) -> int:
@@ -148,7 +150,7 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
     if recompute:
         kept = model.n_layers * stream + layer
     elif not shared:  # Nothing before the first expert learns, so no gradient goes through the attention below it.
-        kept -= (4 * model.d_model + 2 * model.kv_heads * model.head_dim) * positions * _FLOAT
+        kept -= (2 * model.d_model + 2 * (model.n_heads + model.kv_heads) * model.head_dim) * positions * _FLOAT
     kept += 3 * stream  # The final norm's input and output, and the loss's gradient of it.
     # The gradients of an only micro-batch take the place of the activations that they come from.
     gradients = (hidden + rest) * _FLOAT - (kept if micro_batch == config.train.batch_size else 0)
@@ -168,8 +170,8 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
 
 def _saved_floats(model: ModelConfig, frozen: bool) -> int:
     """Floats a position that autograd keeps of a layer; a frozen matrix needs no gradient and so not its input."""
-    kv = model.kv_heads * model.head_dim
-    attention = (3 if frozen else 5) * model.d_model + 2 * kv
+    heads, kv = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
+    attention = model.d_model + 2 * heads + 2 * kv + (0 if frozen else model.d_model + heads)
     return attention + 2 * model.d_model + 3 * model.ffn_width
 
 
@@ -188,9 +190,10 @@ def _prepare(config: RunConfig) -> dict[str, int]:
     corpus = config.data.max_bytes or config.tokenizer.train_bytes
     learned = 0 if config.tokenizer.path is not None else min(config.tokenizer.train_bytes, corpus)
     # The trainer holds the distinct words, whose number grows with a power of the text (Heaps 1978); the encoder some 150 bytes
-    # a token of a batch of 1 MB.
+    # a token of a batch of 1 MB, and 600 bytes an entry of the vocabulary.
     return {"tokenizer": round(14 * MB * math.sqrt(learned / 1e6)),
-            "data": round(40 * MB * min(1.0, corpus / 1e6)) + _documents(config) * 28}  # fmt: skip
+            "data": round(40 * MB * min(1.0, corpus / 1e6)) + config.model.vocab_size * 600
+            + _documents(config) * 28}  # fmt: skip
 
 
 def _partition(config: RunConfig) -> dict[str, int]:
@@ -212,13 +215,20 @@ def _router(config: RunConfig) -> dict[str, int]:
     positions = min(_STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
     inputs = positions * model.n_layers * model.d_model
     logits = 2 * _TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
-    # Every layer's input is collected in a forward pass and widened after it; the logits of held-out tokens come last.
-    reading = max(inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits)
+    # The running means and the gate inputs of all layers are collected in a forward pass and one of them is widened after it;
+    # the logits of held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
+    published = (model.dense_parameters - model.expert_parameters) * _FLOAT * 3 // 2
+    reading = max(inputs * 2 * _FLOAT + _layer_bytes(model, positions), inputs * (2 * _FLOAT + _DOUBLE), logits, published)
     return _dense_weights(model) | {"statistics": model.n_layers * square * 2 + 3 * square, "activations": reading}
 
 
 def _validate(config: RunConfig) -> dict[str, int]:
-    return _dense_weights(config.model) | _forward(config.model, _EVALUATION_TOKENS)
+    model = config.model
+    # While a model is loaded, the file that is copied or widened is mapped beside the copy.
+    loading = (2 * model.expert_parameters - model.dense_parameters) * _FLOAT
+    if model.dtype != "float32":
+        loading = model.dense_parameters * 2
+    return _dense_weights(model) | {"activations": max(_forward(model, _EVALUATION_TOKENS)["activations"], loading)}
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:

@@ -13,7 +13,10 @@ from forge.train.muon import STEPS
 
 #: Share of the probe's rate that a whole training step reached (configs/default.yaml, one AVX2 core); the rest is what is
 #: not a product: norms, softmax, the optimiser's passes over memory.
-EFFICIENCY = 0.8
+EFFICIENCY = 0.75
+#: Seconds a byte of gradients costs a micro-batch: the backward pass makes each anew and adds it to what the earlier ones
+#: left. Fitted to the curve of micro-batches 1, 2, 4 and 8 in docs/log.md.
+_GRADIENT_SECONDS = 2e-9
 #: Sides of the probe's product, of the size that training multiplies, and seconds that it takes at most.
 _ROWS, _INNER, _COLUMNS = 512, 512, 2048
 _PROBE_SECONDS = 0.5
@@ -21,7 +24,10 @@ _PROBE_SECONDS = 0.5
 
 def tokens_per_second(config: RunConfig, plan: Plan, rate: float) -> float:
     """Tokens that a plan of a training stage will take a second on a machine of `rate` FLOP/s."""
-    return EFFICIENCY * rate / flops_per_token(config, plan)
+    model, shared = config.model, plan.stage == "shared"
+    gradients = 4 * (model.dense_parameters if shared else model.expert_parameters)
+    adding = _GRADIENT_SECONDS * gradients / (plan.micro_batch * model.max_seq_len)
+    return 1 / (flops_per_token(config, plan) / (EFFICIENCY * rate) + adding)
 
 
 def flops_per_token(config: RunConfig, plan: Plan) -> float:
@@ -31,8 +37,8 @@ def flops_per_token(config: RunConfig, plan: Plan) -> float:
     head = model.vocab_size * model.d_model
     layers = model.expert_parameters + model.attention_parameters
     learned = layers + head if shared else model.expert_parameters
-    # Causal scores and their mixing: half of 2 x 2 D T a layer, three times for forward and backward.
-    attention = 6 * model.n_layers * model.d_model * model.max_seq_len
+    # Causal scores and their mixing: half of 2 x 2 T a channel and layer, three times for forward and backward.
+    attention = 6 * model.n_layers * model.n_heads * model.head_dim * model.max_seq_len
     again = (2 * layers + attention / 3) if plan.recompute else 0
     per_step = _muon_flops(config, shared) if phase.optimizer == "muon" else 0
     tokens = config.train.batch_size * model.max_seq_len
@@ -44,8 +50,8 @@ def _muon_flops(config: RunConfig, shared: bool) -> int:
     model = config.model
     matrices = [(model.d_model, model.ffn_width)] * 3
     if shared:
-        kv = model.kv_heads * model.head_dim
-        matrices += [(model.d_model, model.d_model)] * 2 + [(model.d_model, kv)] * 2
+        heads, kv = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
+        matrices += [(model.d_model, heads)] * 2 + [(model.d_model, kv)] * 2
     sides = [(min(shape), max(shape)) for shape in matrices]
     return model.n_layers * STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import subprocess
+import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,3 +148,13 @@ def test_the_gain_of_more_memory_is_a_sentence() -> None:
 def test_format() -> None:
     assert format_size(380 * MB) == "380M"
     assert format_size(7.5 * 1024 * MB) == "7.5G"
+
+
+def test_the_plan_command_prints_every_process_and_ends_with_the_codes_of_the_errors() -> None:
+    command = [sys.executable, "-m", "forge.cli", "plan", "smoke", "--ram"]
+    fits = subprocess.run([*command, "8G"], capture_output=True, text=True, check=True)
+    assert all(f"\n  {stage} " in fits.stdout for stage in STAGES)
+    assert "GFLOP/s" in fits.stdout and "gains nothing" in fits.stdout
+    small = subprocess.run([*command, "64M"], capture_output=True, text=True, check=False)
+    assert small.returncode == MemoryBudgetError.exit_code
+    assert "--ram allows 64M: use --ram" in small.stderr and len(small.stderr.splitlines()) == 1
