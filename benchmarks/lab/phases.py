@@ -1,0 +1,166 @@
+"""Training in the laboratory: one trunk at a constant rate, branches that anneal from it, and experts.
+
+A trunk and its branches (Hägele et al. 2024, arXiv 2405.18392) give the model that a run of X tokens would have reached,
+for many X, at the price of one long run and the short decays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.torch import load_file, save_file
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lab.setting import TRAIN, Setting
+from forge.config import ExpertPhaseConfig, PhaseConfig
+from forge.data.packing import SequenceSampler
+from forge.files import TEMPORARY_SUFFIX
+from forge.model.lm import DenseLM
+from forge.train.loop import LoopResult, LoopSettings, train
+
+State = dict[str, Tensor]
+#: Share of a phase's steps in which the rate falls to zero.
+DECAY = 0.25
+#: Steps in which the rate rises.
+WARMUP_STEPS = 50
+#: Sequences of a forward pass: the fastest on a core with these sizes.
+MICRO_BATCH = 8
+
+
+def steps_of(setting: Setting, tokens: float) -> int:
+    """Optimiser steps that see so many tokens."""
+    return max(1, round(tokens / (setting.scale.batch_size * setting.scale.seq_len)))
+
+
+def tokens_of(setting: Setting, steps: int) -> int:
+    """Tokens of so many optimiser steps."""
+    return steps * setting.scale.batch_size * setting.scale.seq_len
+
+
+def phase(setting: Setting, steps: int, rate: float, decay: float = DECAY, warmup: int = WARMUP_STEPS,
+          **more: Any) -> PhaseConfig:  # fmt: skip
+    """A phase of so many steps."""
+    return ExpertPhaseConfig(tokens=tokens_of(setting, steps), learning_rate=rate, decay_fraction=decay,
+                             warmup_fraction=min(1.0, warmup / steps), **more)  # fmt: skip
+
+
+def run_phase(setting: Setting, model: DenseLM, sampler: SequenceSampler, config: PhaseConfig, directory: Path,
+              until: int | None = None) -> LoopResult:  # fmt: skip
+    """Train through the product's own loop, to the end of the phase or to the step `until`."""
+    reached = 0
+
+    def progress(step: int = 0, **_: object) -> None:
+        nonlocal reached
+        reached = step
+
+    return train(model, sampler, LoopSettings(
+        phase=config, batch_size=setting.scale.batch_size, sequence_length=setting.scale.seq_len,
+        micro_batch=min(MICRO_BATCH, setting.scale.batch_size), directory=directory, checkpoint_seconds=60.0,
+        stage=directory.name), progress, lambda: until is not None and reached >= until)  # fmt: skip
+
+
+def kept(path: Path, make: Callable[[], State]) -> State:
+    """The tensors of a file, made once."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        save_file({name: tensor.contiguous() for name, tensor in make().items()}, temporary)
+        temporary.replace(path)
+    tensors: State = load_file(path)
+    return tensors
+
+
+def state_of(model: nn.Module) -> State:
+    """The weights of a model, detached."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def dense_model(setting: Setting, state: State | None = None, **model: Any) -> DenseLM:
+    """A dense model with given weights, or new ones."""
+    made = DenseLM(setting.config(**model).model)
+    if state is None:
+        made.initialise(torch.Generator().manual_seed(setting.seed))
+    else:
+        made.load_state_dict(state)
+    return made
+
+
+def dense(setting: Setting, steps: int, name: str = "dense", annealed: bool = True, **model: Any) -> State:
+    """The dense model after a run of so many steps, from the trunk of that name.
+
+    Args:
+        setting: scale and seed.
+        steps: optimiser steps.
+        name: of the trunk; one trunk an architecture.
+        annealed: whether the run ends in a decay, which is a branch from the trunk; else the trunk itself at that step.
+        model: fields of the architecture that differ.
+    """
+    home = setting.work / name
+
+    def make() -> State:
+        fork = steps - round(DECAY * steps) if annealed else steps
+        trunk = _trunk(setting, home, fork, **model)
+        if not annealed:
+            return {key.removeprefix("model."): t for key, t in load_file(trunk).items() if key.startswith("model.")}
+        branch = home / f"branch-{steps}"
+        if not (branch / "checkpoint.safetensors").is_file():
+            branch.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(trunk, branch / f"checkpoint{TEMPORARY_SUFFIX}")
+            (branch / f"checkpoint{TEMPORARY_SUFFIX}").replace(branch / "checkpoint.safetensors")
+        made = dense_model(setting, **model)
+        run_phase(setting, made, setting.sampler(setting.documents(TRAIN), setting.seed),
+                  phase(setting, steps, setting.scale.learning_rate, decay=1 - fork / steps), branch)  # fmt: skip
+        shutil.rmtree(branch)
+        return state_of(made)
+
+    return kept(home / f"{'annealed' if annealed else 'constant'}-{steps}.safetensors", make)
+
+
+def _trunk(setting: Setting, home: Path, step: int, **model: Any) -> Path:
+    """The trunk's checkpoint at a step; trains on from the last one below it."""
+    wanted = home / f"trunk-{step}.safetensors"
+    if wanted.is_file():
+        return wanted
+    below = [int(path.stem.split("-")[1]) for path in home.glob("trunk-*.safetensors")]
+    nearest = max((at for at in below if at < step), default=None)
+    work = home / "trunk-work"
+    work.mkdir(parents=True, exist_ok=True)
+    if nearest is not None:
+        shutil.copyfile(home / f"trunk-{nearest}.safetensors", work / "checkpoint.safetensors")
+    made = dense_model(setting, **model)
+    # A phase of 20 times the steps with no decay: at a constant rate from the warm-up on.
+    forever = phase(setting, 20 * step, setting.scale.learning_rate, decay=0.0)
+    run_phase(setting, made, setting.sampler(setting.documents(TRAIN), setting.seed), forever, work, until=step)
+    (work / "checkpoint.safetensors").replace(wanted)
+    shutil.rmtree(work)
+    return wanted
+
+
+def freeze_shared(model: DenseLM) -> DenseLM:
+    """Leave only the FFNs trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    return model
+
+
+def expert(setting: Setting, shared: State, documents: npt.NDArray[np.integer], steps: int, path: Path, *,
+           rate: float | None = None, decay: float = 1.0, seed: int = 0, **more: Any) -> State:  # fmt: skip
+    """The FFNs of one expert: a copy of the shared ones, trained on the documents of a partition."""
+
+    def make() -> State:
+        model = freeze_shared(dense_model(setting, shared))
+        sampler = setting.sampler(documents, setting.seed * 1000 + seed)
+        config = phase(setting, steps, rate or setting.scale.expert_learning_rate, decay=decay,
+                       warmup=min(10, max(1, steps // 10)), **more)  # fmt: skip
+        work = path.with_suffix(".work")
+        run_phase(setting, model, sampler, config, work)
+        shutil.rmtree(work)
+        return {name: t for name, t in state_of(model).items() if ".mlp." in name}
+
+    return kept(path, make)

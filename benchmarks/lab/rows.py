@@ -1,0 +1,342 @@
+"""The rows of the table: each a way to spend the same tokens, measured on the same documents.
+
+Every row is made from what was trained (kept on disk) and measured once (kept as JSON), so a killed benchmark goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from benchmarks.lab import mixtures, rivals
+from benchmarks.lab.phases import State, dense, dense_model, expert, tokens_of
+from benchmarks.lab.setting import OUTSIDE, TEST, TRAIN, VALIDATION, Setting
+from forge.config import RouterConfig
+from forge.data.features import document_features
+from forge.data.partition import assign
+from forge.data.tokenizer import load_tokenizer
+from forge.evaluate.perplexity import Loss, equal_weight_mean, pooled
+from forge.files import read_json, write_json
+from forge.model.lm import DenseLM
+from forge.router.context import add_context
+from forge.router.fit import fit_rows, fit_temperature
+from forge.router.statistics import LayerStatistics, collect, gate_inputs
+
+#: Validation tokens a partition for the temperatures of the router.
+TEMPERATURE_TOKENS = 20_000
+
+
+@dataclass
+class Point:
+    """One operating point: how long the shared components and each expert are trained."""
+
+    setting: Setting
+    shared_steps: int
+    expert_steps: int
+    annealed: bool = False
+    """Whether the shared phase ends in its decay; else the experts anneal for themselves."""
+    partition: str = "clustered"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps that everybody together takes."""
+        return self.shared_steps + self.setting.experts * self.expert_steps
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{'annealed' if self.annealed else 'constant'}-{self.shared_steps}-{self.expert_steps}-{self.partition}"
+
+    @property
+    def home(self) -> Path:
+        """Where its files lie."""
+        return self.setting.work / self.name
+
+    @cached_property
+    def shared(self) -> State:
+        """The shared components at the split."""
+        return dense(self.setting, self.shared_steps, annealed=self.annealed)
+
+    @cached_property
+    def base(self) -> DenseLM:
+        """The shared components, frozen, as they were trained."""
+        return dense_model(self.setting, self.shared).eval().requires_grad_(False)
+
+    @cached_property
+    def routed(self) -> DenseLM:
+        """The shared components with their context heads, as they are assembled."""
+        model = dense_model(self.setting, self.shared).eval().requires_grad_(False)
+        add_context(model, [partial(self._router_windows, k) for k in range(self.setting.experts)], RouterConfig().shrinkage)
+        return model
+
+    def _router_windows(self, partition: int) -> Iterator[npt.NDArray[np.int64]]:
+        tokens = self.setting.scale.router_tokens // self.setting.experts
+        return self.setting.windows(self.documents(TRAIN, partition), tokens)
+
+    @cached_property
+    def assignment(self) -> npt.NDArray[np.integer]:
+        """Partition of each document, by the features of the shared components."""
+        setting = self.setting
+        path = setting.work / f"assignment-{'a' if self.annealed else 'c'}{self.shared_steps}-{self.partition}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            features = None
+            if self.partition == "clustered":
+                features, _ = document_features(self.base, setting.corpus, setting.scale.seq_len,
+                                                path.with_suffix(".f32"), lambda **_: None)  # fmt: skip
+            tokenizer = load_tokenizer(setting.data / "tokenizer.json")
+            np.save(path, assign(
+                self.partition, setting.experts, split=setting.split, tokens_per_document=setting.corpus.lengths,
+                seed=setting.seed, features=features,
+                texts=lambda index: tokenizer.decode(setting.corpus.document(index).tolist())))  # fmt: skip
+        found: npt.NDArray[np.integer] = np.load(path)
+        return found
+
+    def documents(self, split: int, partition: int) -> npt.NDArray[np.intp]:
+        """Documents of one partition and split."""
+        return self.setting.documents(split, self.assignment, partition)
+
+    @cached_property
+    def experts(self) -> list[State]:
+        """The experts, trained apart."""
+        return [expert(self.setting, self.shared, self.documents(TRAIN, k), self.expert_steps,
+                       self.home / f"expert-{k}.safetensors", seed=k) for k in range(self.setting.experts)]  # fmt: skip
+
+    def statistics(self, model: DenseLM) -> list[LayerStatistics]:
+        """What a router on this model is fitted on."""
+        setting = self.setting
+        layers = [LayerStatistics.empty(setting.experts, model.config.d_model) for _ in range(model.config.n_layers)]
+        for k in range(setting.experts):
+            collect(model, k, self._router_windows(k), layers)
+        return layers
+
+    def held_out(self, model: DenseLM) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.int64]]:
+        """Gate inputs of validation tokens, (N, D) a layer, and their partitions."""
+        collected: list[list[npt.NDArray[np.float64]]] = [[] for _ in range(model.config.n_layers)]
+        labels: list[int] = []
+        for k in range(self.setting.experts):
+            windows = self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS)
+            for layers in gate_inputs(model, windows):
+                labels.extend([k] * len(layers[0]))
+                for into, x_ND in zip(collected, layers, strict=True):
+                    into.append(x_ND)
+        return [np.concatenate(layer) for layer in collected], np.asarray(labels)
+
+    @cached_property
+    def _fitted(self) -> dict[str, tuple[list[Tensor], list[float]]]:
+        return {}
+
+    def router(self, method: str = "lda", context: bool = True) -> list[Tensor]:
+        """Rows of the gate of every layer, (E, D), at the fitted temperature."""
+        key = f"{method} {context}"
+        if key not in self._fitted:
+            model = self.routed if context else self.base
+            config = RouterConfig.model_validate({"method": method})
+            rows, accuracies = [], []
+            inputs, labels = self.held_out(model)
+            for layer, x_ND in zip(self.statistics(model), inputs, strict=True):
+                rows_ED = fit_rows(layer, config)
+                logits_NE = x_ND @ rows_ED.T
+                rows.append(torch.from_numpy(fit_temperature(logits_NE, labels) * rows_ED).float())
+                accuracies.append(float((logits_NE.argmax(axis=1) == labels).mean()))
+            self._fitted[key] = rows, accuracies
+        return self._fitted[key][0]
+
+    def token_accuracy(self, method: str = "lda", context: bool = True) -> list[float]:
+        """Share of the validation tokens of each layer whose partition the router names."""
+        self.router(method, context)
+        return self._fitted[f"{method} {context}"][1]
+
+    def ours(self, k: int, method: str = "lda", context: bool = True) -> mixtures.GatedMixture:
+        """The assembled model: experts, router, nothing retrained."""
+        gate = mixtures.top_k_gate(self.router(method, context), k)
+        return mixtures.GatedMixture(self.routed if context else self.base, self.experts, gate)
+
+    def mixture(self, gate: mixtures.Gate) -> mixtures.GatedMixture:
+        """The experts under any gate."""
+        return mixtures.GatedMixture(self.base, self.experts, gate)
+
+    def measure(self, model: Any) -> dict[str, Loss]:
+        """Test losses of a model on every partition and on the domain nobody trained on."""
+        return mixtures.losses(self.setting, model, self.assignment)
+
+    @cached_property
+    def test_windows(self) -> dict[str, list[npt.NDArray[np.int64]]]:
+        """Test windows by partition, and those of the domain nobody trained on."""
+        tokens = self.setting.scale.eval_tokens
+        found = {str(k): list(self.setting.windows(self.documents(TEST, k), tokens)) for k in range(self.setting.experts)}
+        return found | {OUTSIDE: list(self.setting.outside_windows())}
+
+    @cached_property
+    def log_p(self) -> dict[str, list[list[npt.NDArray[np.float64]]]]:
+        """Log p of every test target under each expert alone and, last, under the shared components."""
+        models = [dense_model(self.setting, {**self.shared, **ffn}) for ffn in self.experts] + [self.base]
+        return {name: [rivals.log_probabilities(model, windows) for model in models]
+                for name, windows in self.test_windows.items()}  # fmt: skip
+
+    def sizes(self, name: str) -> list[int]:
+        """UTF-8 bytes of the targets of each test window."""
+        return [int(self.setting.token_bytes[window[1:]].sum()) for window in self.test_windows[name]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured row."""
+
+    losses: dict[str, Loss]
+    tokens: int
+    flops: float
+
+
+Maker = Callable[[Point], Row]
+
+
+def result(name: str, point: Point, make: Maker) -> dict[str, Any]:
+    """The JSON of a row, measured once."""
+    path = point.home / "rows" / f"{name}.json"
+    if path.is_file():
+        return dict(read_json(path))
+    row = make(point)
+    inside = [loss for key, loss in row.losses.items() if key != OUTSIDE]
+    found = {"row": name, "seed": point.setting.seed, "tokens": row.tokens, "flops": row.flops,
+             "loss": {key: loss.nats_per_token for key, loss in row.losses.items() if key != OUTSIDE},
+             "mean": equal_weight_mean(inside), "pooled": pooled(inside).nats_per_token,
+             "bits_per_byte": pooled(inside).bits_per_byte, OUTSIDE: row.losses[OUTSIDE].nats_per_token}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found
+
+
+def trained_flops(point: Point, steps: int, **model: Any) -> float:
+    """6 N a token for a model that trains all of its N parameters, the head's matrix included."""
+    return 6.0 * point.setting.config(**model).model.dense_parameters * tokens_of(point.setting, steps)
+
+
+def modular_flops(point: Point) -> float:
+    """The shared phase, then experts: 6 N a trained and 4 N a frozen parameter and token."""
+    model = point.setting.config().model
+    frozen = model.dense_parameters - model.expert_parameters
+    tokens = tokens_of(point.setting, point.expert_steps) * point.setting.experts
+    return trained_flops(point, point.shared_steps) + tokens * (6.0 * model.expert_parameters + 4.0 * frozen)
+
+
+def dense_row(point: Point, steps: int, name: str, **model: Any) -> Row:
+    """A rival that trains all of its parameters for so many steps."""
+    fields = point.setting.rival(**model)
+    trained = dense_model(point.setting, dense(point.setting, steps, name, **fields), **fields).eval()
+    return Row(point.measure(trained), tokens_of(point.setting, steps), trained_flops(point, steps, **fields))
+
+
+def shared_row(point: Point) -> Row:
+    """The shared components at the split, annealed."""
+    trained = dense_model(point.setting, dense(point.setting, point.shared_steps)).eval()
+    steps = point.shared_steps
+    return Row(point.measure(trained), tokens_of(point.setting, steps), trained_flops(point, steps))
+
+
+def joint_row(point: Point) -> Row:
+    """A mixture of which every parameter learned, with the load-balance loss."""
+    model = rivals.joint_mixture(point.setting, point.total_steps)
+    config = model.config
+    active = config.dense_parameters + (config.top_k - 1) * config.expert_parameters + config.router_parameters
+    tokens = tokens_of(point.setting, point.total_steps)
+    return Row(point.measure(model), tokens, 6.0 * active * tokens)
+
+
+def diloco_row(point: Point) -> Row:
+    """From the split on: one worker a partition trains all parameters, and they meet every 25 steps."""
+    setting = point.setting
+    groups = [point.documents(TRAIN, k) for k in range(setting.experts)]
+    rounds = max(1, round(point.expert_steps / ROUND_STEPS))
+    state = rivals.diloco(setting, dense(setting, point.shared_steps, annealed=False), groups, point.expert_steps, rounds,
+                          f"{point.name}-diloco", setting.scale.learning_rate / 3, decay=0.5, warmup=10)  # fmt: skip
+    return Row(point.measure(dense_model(setting, state).eval()), tokens_of(setting, point.total_steps),
+               trained_flops(point, point.total_steps))  # fmt: skip
+
+
+def modular_row(point: Point, model: Any) -> Row:
+    """Something that is made of the experts without another step."""
+    return Row(point.measure(model), tokens_of(point.setting, point.total_steps), modular_flops(point))
+
+
+def from_log_p(point: Point, loss: Callable[[str, list[list[npt.NDArray[np.float64]]], list[int]], Loss]) -> Row:
+    """A row computed from each expert's log p of every token."""
+    losses = {name: loss(name, log_p, point.sizes(name)) for name, log_p in point.log_p.items()}
+    return Row(losses, tokens_of(point.setting, point.total_steps), modular_flops(point))
+
+
+def _oracle(name: str, log_p: list[list[npt.NDArray[np.float64]]], sizes: list[int]) -> Loss:
+    # Outside of all partitions nobody knows the right expert; the shared components stand in.
+    chosen = log_p[-1] if name == OUTSIDE else log_p[int(name)]
+    return _sum(chosen, sizes)
+
+
+def _sum(log_p: list[npt.NDArray[np.float64]], sizes: list[int]) -> Loss:
+    return Loss(-float(sum(some.sum() for some in log_p)), sum(len(some) for some in log_p), sum(sizes))
+
+
+def _ensemble(point: Point, top: int) -> Row:
+    prior_E = np.full(point.setting.experts, -np.log(point.setting.experts))
+    return from_log_p(point, lambda name, log_p, sizes: rivals.ensemble_loss(log_p[:-1], prior_E, top, sizes))
+
+
+def _best_single(point: Point) -> Row:
+    def mean(expert: int) -> float:
+        return equal_weight_mean(_sum(log_p[expert], point.sizes(name)) for name, log_p in point.log_p.items() if name != OUTSIDE)
+
+    best = min(range(point.setting.experts), key=mean)
+    return from_log_p(point, lambda name, log_p, sizes: _sum(log_p[best], sizes))
+
+
+def _random_router(point: Point) -> Row:
+    generator = torch.Generator().manual_seed(point.setting.seed)
+    rows = [torch.randn(row.shape, generator=generator) * 0.1 for row in point.router()]
+    return modular_row(point, point.mixture(mixtures.top_k_gate(rows, 2)))
+
+
+def _merged(point: Point, merge: Callable[[State, list[State]], State]) -> Row:
+    return modular_row(point, dense_model(point.setting, merge(point.shared, point.experts)).eval())
+
+
+#: Optimiser steps between two meetings of DiLoCo's workers.
+ROUND_STEPS = 25
+
+#: Every row of the table, in its order.
+ROWS: dict[str, Maker] = {
+    "shared components alone": shared_row,
+    "dense, same active parameters, all tokens": lambda p: dense_row(p, p.total_steps, "rival"),
+    "dense, same total parameters, all tokens": lambda p: dense_row(p, p.total_steps, "rival-wide",
+                                                                    d_ff=wide(p.setting)),
+    "mixture trained jointly, all tokens": joint_row,
+    "DiLoCo from the split": diloco_row,
+    "average of the experts": lambda p: _merged(p, rivals.average),
+    "TIES": lambda p: _merged(p, rivals.ties),
+    "uniform gate": lambda p: modular_row(p, p.mixture(mixtures.constant_gate([1 / p.setting.experts] * p.setting.experts))),
+    "random router, top-2": _random_router,
+    "Branch-Train-Merge, top-2": lambda p: _ensemble(p, 2),
+    "Branch-Train-Merge, all experts": lambda p: _ensemble(p, p.setting.experts),
+    "document-level router": lambda p: from_log_p(p, lambda name, log_p, sizes: rivals.document_router_loss(
+        log_p[:-1], log_p[-1], sizes)),
+    "best single expert": _best_single,
+    "oracle: the partition's expert": lambda p: from_log_p(p, _oracle),
+    "ours without context, top-1": lambda p: modular_row(p, p.ours(1, context=False)),
+    "ours without context, top-2": lambda p: modular_row(p, p.ours(2, context=False)),
+    "ours (centroid), top-2": lambda p: modular_row(p, p.ours(2, "centroid")),
+    "ours (ridge), top-2": lambda p: modular_row(p, p.ours(2, "ridge")),
+    "ours (lda), top-1": lambda p: modular_row(p, p.ours(1)),
+    "ours (lda), top-2": lambda p: modular_row(p, p.ours(2)),
+}  # fmt: skip
+
+
+def wide(setting: Setting) -> int:
+    """The d_ff with which a dense model has the parameters of all experts."""
+    config = setting.config(**setting.rival()).model
+    return config.ffn_width * setting.experts * 3 // 2
