@@ -30,7 +30,7 @@ _PROGRESS_SECONDS = 0.5
 #: glibc gives blocks of this size back as soon as they are freed, instead of keeping a heap with holes: training an expert
 #: of the default size took 288 MB above its imports instead of 377, and its plan can be exact. Huge pages win back half
 #: of the time that this costs (docs/log.md). Other C libraries ignore it.
-_ALLOCATOR = f"glibc.malloc.mmap_threshold={1 << 20}:glibc.malloc.hugetlb=1"
+_ALLOCATOR = f"glibc.malloc.mmap_threshold={1 << 18}:glibc.malloc.hugetlb=1"
 
 Progress = Callable[..., None]
 

@@ -30,12 +30,12 @@ MB = 1 << 20
 _FLOAT, _DOUBLE = 4, 8
 #: Interpreter, imports and what their first use allocates, in MB resident; torch 2.13 for CPUs, one or two threads.
 RUNTIME_MB: dict[str, int] = {
-    "prepare": 58, "shared": 267, "partition": 263, "router": 290, "publish": 254, "expert": 264, "validate": 254,
+    "prepare": 58, "shared": 266, "partition": 263, "router": 296, "publish": 254, "expert": 266, "validate": 254,
     "evaluate": 304, "generate": 256, "assemble": 47}  # fmt: skip
 #: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated.
 _ALLOCATOR_SHARE = 0.02
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
-LIGHT_MB = {"coordinator": 116, "node": 77}
+LIGHT_MB = {"coordinator": 116, "node": 82}
 #: scikit-learn, imported when a corpus is clustered.
 _SKLEARN_BYTES = 78 * MB
 #: Rows of logits that exist at a time; see forge/train/loss.py.
@@ -189,9 +189,9 @@ def _largest_matrix(model: ModelConfig) -> int:
 def _prepare(config: RunConfig) -> dict[str, int]:
     corpus = config.data.max_bytes or config.tokenizer.train_bytes
     learned = 0 if config.tokenizer.path is not None else min(config.tokenizer.train_bytes, corpus)
-    # The trainer holds the distinct words, whose number grows with a power of the text (Heaps 1978); the encoder some 150 bytes
+    # The trainer holds the distinct words, whose number grows slowly with the text (measured); the encoder some 150 bytes
     # a token of a batch of 1 MB, and 600 bytes an entry of the vocabulary.
-    return {"tokenizer": round(14 * MB * math.sqrt(learned / 1e6)),
+    return {"tokenizer": round(24 * MB * (learned / 1e6) ** (1 / 3)),
             "data": round(40 * MB * min(1.0, corpus / 1e6)) + config.model.vocab_size * 600
             + _documents(config) * 28}  # fmt: skip
 
