@@ -21,8 +21,8 @@ from forge.checkpoint.safetensors_header import (
     short,
     tensors_finite,
 )
-from forge.config import RunConfig
-from forge.errors import ShardError
+from forge.config import ModelConfig, RunConfig
+from forge.errors import ShardError, storage_errors
 from forge.files import atomic_file
 from forge.model import names
 from forge.vocabulary import SHARD_FORMAT_VERSION, SHARD_KEYS
@@ -93,6 +93,7 @@ def verify_shard(path: Path, config: RunConfig, *, partition: int, run_id: str, 
     offender = tensors_finite(path)
     if offender is not None:
         raise ShardError(f"The shard {path.name} holds a value that is not finite in the tensor {offender}.")
+    _check_context_channels(path, header, config.model, partition)
     return header.metadata
 
 
@@ -137,6 +138,20 @@ def _check_tensors(path: Path, header: Header, expected: Mapping[str, names.Shap
                              f"expected {list(shape)}.")  # fmt: skip
         if entry.dtype != dtype:
             raise ShardError(f"The shard {path.name} has the tensor {name} in {entry.dtype}; expected {dtype}.")
+
+
+def _check_context_channels(path: Path, header: Header, model: ModelConfig, partition: int) -> None:
+    """An expert must not write to the channels from which the routers of later layers read: training leaves them at zero."""
+    with storage_errors(path), open(path, "rb") as file:
+        for layer in range(model.n_layers):
+            name = names.expert_name(layer, partition, "w2")
+            entry = header.tensors[name]
+            # The channels are the last rows of (d_model, ffn_width).
+            size = model.context_channels * (entry.end - entry.begin) // model.d_model
+            file.seek(header.data_start + entry.end - size)
+            if np.frombuffer(file.read(size), dtype=np.uint8).any():
+                raise ShardError(f"The shard {path.name} writes to the context channels, which are the router's, in the tensor "
+                                 f"{name}.")  # fmt: skip
 
 
 def _describe(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from forge.vocabulary import END_OF_TEXT, SHARD_FORMAT_VERSION
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"vocab_size": 260, "d_model": 32, "d_ff": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2,
-              "n_experts": 3, "top_k": 2, "max_seq_len": 64},
+              "n_experts": 3, "top_k": 2, "max_seq_len": 64, "context_channels": 4},
     "train": {"shared": {"tokens": 1000}, "expert": {"tokens": 1000}},
 }  # fmt: skip
 
@@ -30,8 +30,12 @@ def tiny_config(**model: Any) -> RunConfig:
 
 def random_tensors(shapes: dict[str, names.Shape], seed: int, dtype: str = "float32") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: ((1.0 if len(shape) == 1 else 0.0) + 0.1 * torch.randn(shape, generator=generator))
-            .to(getattr(torch, dtype)) for name, shape in shapes.items()}  # fmt: skip
+    drawn = {name: ((1.0 if len(shape) == 1 else 0.0) + 0.1 * torch.randn(shape, generator=generator))
+             .to(getattr(torch, dtype)) for name, shape in shapes.items()}  # fmt: skip
+    for name in drawn:
+        if name.endswith("w2.weight"):
+            drawn[name][-TINY["model"]["context_channels"] :] = 0
+    return drawn
 
 
 def write_tokenizer(directory: Path) -> None:

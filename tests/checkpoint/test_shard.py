@@ -65,6 +65,13 @@ def rewritten(metadata: dict[str, str] | None = None, **tensors: torch.Tensor | 
     return write
 
 
+def meddling() -> torch.Tensor:
+    """Writes a single value to a channel from which routers read."""
+    tensor = torch.zeros(32, 128)
+    tensor[-4, 100] = 1e-3
+    return tensor
+
+
 def poisoned() -> torch.Tensor:
     tensor = torch.zeros(32, 128)
     tensor[3, 4] = float("nan")
@@ -83,6 +90,7 @@ FAULTS: dict[str, Callable[[RunDirectory], Path]] = {
     r"holds the tensor '.*w9.weight'": rewritten(w9=torch.zeros(1)),
     r"w2.weight in the shape \[2\]; expected \[32, 128\]": rewritten(w2=torch.zeros(2)),
     "w2.weight in BF16; expected F32": rewritten(w2=torch.zeros(32, 128, dtype=torch.bfloat16)),
+    "writes to the context channels.*experts.1.w2": rewritten(w2=meddling()),
     "not finite in the tensor model.layers.1.*w2.weight": rewritten(w2=poisoned()),
 }
 

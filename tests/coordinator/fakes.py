@@ -56,7 +56,11 @@ def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 def tensors(shapes: dict[str, names.Shape], seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    drawn = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for name in drawn:
+        if name.endswith("w2.weight"):  # an expert leaves the context channels alone
+            drawn[name][-CONFIG.model.context_channels :] = 0
+    return drawn
 
 
 def make_shard(run: RunDirectory, partition: int, seed: int = 0, poison: bool = False, **changed: str) -> bytes:
