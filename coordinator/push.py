@@ -9,6 +9,7 @@ from coordinator.state import State
 from forge.checkpoint.assembly import arrived
 from forge.errors import ConfigError, HubError
 from forge.files import RunDirectory
+from forge.vocabulary import REPOSITORY
 
 
 def check_repo(repo: str) -> None:
@@ -18,7 +19,7 @@ def check_repo(repo: str) -> None:
         ConfigError: `repo` does not look like `USER/REPO`.
         HubError: this machine has no token for the Hub.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(REPOSITORY, repo):
         raise ConfigError(f"--push {repo!r} must look like USER/REPO.")
     from huggingface_hub import get_token
 

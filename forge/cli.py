@@ -13,7 +13,7 @@ import click
 
 from forge.config import RunConfig, load_config
 from forge.errors import ConfigError, StorageError, report_errors
-from forge.vocabulary import INDEX_FILE
+from forge.vocabulary import INDEX_FILE, REPOSITORY
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -217,7 +217,7 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
     from forge.publish.hub import push_model
 
     _check_model_dir(model_dir)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(REPOSITORY, repo):
         raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
     facts: dict[str, Any] = {"name": model_dir.resolve().name, "repo": repo}
     evaluation = None

@@ -23,6 +23,9 @@ END_OF_TEXT: Final = "<|endoftext|>"
 #: Its id in every tokenizer of ours: the first special token.
 END_OF_TEXT_ID: Final = 0
 
+#: What a repository of the Hub is called: USER/REPO.
+REPOSITORY: Final = r"[\w.-]+/[\w.-]+"
+
 #: Files of the assembled model.
 SHARED_FILE: Final = "shared.safetensors"
 ROUTER_FILE: Final = "router.safetensors"

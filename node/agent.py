@@ -18,7 +18,7 @@ from forge.config import RunConfig, parse_config
 from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError
 from forge.files import hash_file, read_json
 from forge.system import peak_resident_bytes
-from forge.train.memory import MB, format_size, plan
+from forge.train.memory import LIGHT_MB, MB, format_size, plan
 from forge.vocabulary import SHARD_FORMAT_VERSION
 from node.cache import Cache, Submission, exclusive
 from node.client import FleetClient
@@ -35,8 +35,6 @@ VERDICT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 #: So many rejected shards in a row mean that something is wrong with this machine, not with one shard.
 REJECTIONS_IN_A_ROW = 3
-#: Resident memory of the agent itself: interpreter, gRPC and pydantic, measured at 68 to 77 MB.
-AGENT_BYTES = 110 * MB
 
 
 class LeaseLostError(Exception):
@@ -88,7 +86,7 @@ class Agent:
                 raise
             finally:
                 self._console.calm()
-                self._say_peak("agent", peak_resident_bytes(), AGENT_BYTES, None)
+                self._say_peak("agent", peak_resident_bytes(), LIGHT_MB["node"] * MB, None)
                 self._client.close()
 
     def _loop(self) -> None:

@@ -27,11 +27,10 @@ from forge.evaluate.perplexity import Loss, equal_weight_mean, pooled
 from forge.files import read_json, write_json
 from forge.model.lm import DenseLM
 from forge.router.context import add_context
-from forge.router.fit import fit_rows, fit_temperature
-from forge.router.statistics import LayerStatistics, collect, gate_inputs
-
-#: Validation tokens a partition for the temperatures of the router.
-TEMPERATURE_TOKENS = 20_000
+from forge.router.fit import fit_rows
+from forge.router.stage import temperatures
+from forge.router.statistics import LayerStatistics, collect
+from forge.train.memory import TEMPERATURE_TOKENS
 
 
 @dataclass
@@ -110,50 +109,26 @@ class Point:
         return [expert(self.setting, self.shared, self.documents(TRAIN, k), self.expert_steps,
                        self.home / f"expert-{k}.safetensors", seed=k) for k in range(self.setting.experts)]  # fmt: skip
 
-    def statistics(self, model: DenseLM) -> list[LayerStatistics]:
-        """What a router on this model is fitted on."""
-        setting = self.setting
-        layers = [LayerStatistics.empty(setting.experts, model.config.d_model) for _ in range(model.config.n_layers)]
-        for k in range(setting.experts):
+    @cached_property
+    def statistics(self) -> dict[bool, list[LayerStatistics]]:
+        """What a router is fitted on, with and without the context heads."""
+        return {context: self._collect(model) for context, model in ((True, self.routed), (False, self.base))}
+
+    def _collect(self, model: DenseLM) -> list[LayerStatistics]:
+        experts = self.setting.experts
+        layers = [LayerStatistics.empty(experts, model.config.d_model) for _ in range(model.config.n_layers)]
+        for k in range(experts):
             collect(model, k, self._router_windows(k), layers)
         return layers
 
-    def held_out(self, model: DenseLM) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.int64]]:
-        """Gate inputs of validation tokens, (N, D) a layer, and their partitions."""
-        collected: list[list[npt.NDArray[np.float64]]] = [[] for _ in range(model.config.n_layers)]
-        labels: list[int] = []
-        for k in range(self.setting.experts):
-            windows = self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS)
-            for layers in gate_inputs(model, windows):
-                labels.extend([k] * len(layers[0]))
-                for into, x_ND in zip(collected, layers, strict=True):
-                    into.append(x_ND)
-        return [np.concatenate(layer) for layer in collected], np.asarray(labels)
-
-    @cached_property
-    def _fitted(self) -> dict[str, tuple[list[Tensor], list[float]]]:
-        return {}
-
     def router(self, method: str = "lda", context: bool = True) -> list[Tensor]:
         """Rows of the gate of every layer, (E, D), at the fitted temperature."""
-        key = f"{method} {context}"
-        if key not in self._fitted:
-            model = self.routed if context else self.base
-            config = RouterConfig.model_validate({"method": method})
-            rows, accuracies = [], []
-            inputs, labels = self.held_out(model)
-            for layer, x_ND in zip(self.statistics(model), inputs, strict=True):
-                rows_ED = fit_rows(layer, config)
-                logits_NE = x_ND @ rows_ED.T
-                rows.append(torch.from_numpy(fit_temperature(logits_NE, labels) * rows_ED).float())
-                accuracies.append(float((logits_NE.argmax(axis=1) == labels).mean()))
-            self._fitted[key] = rows, accuracies
-        return self._fitted[key][0]
-
-    def token_accuracy(self, method: str = "lda", context: bool = True) -> list[float]:
-        """Share of the validation tokens of each layer whose partition the router names."""
-        self.router(method, context)
-        return self._fitted[f"{method} {context}"][1]
+        config = RouterConfig.model_validate({"method": method})
+        rows = [fit_rows(layer, config) for layer in self.statistics[context]]
+        held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS)
+                    for k in range(self.setting.experts)]  # fmt: skip
+        factors, _ = temperatures(self.routed if context else self.base, rows, held_out)
+        return [torch.from_numpy(factor * rows_ED).float() for factor, rows_ED in zip(factors, rows, strict=True)]
 
     def ours(self, k: int, method: str = "lda", context: bool = True) -> mixtures.GatedMixture:
         """The assembled model: experts, router, nothing retrained."""

@@ -13,11 +13,9 @@ import numpy.typing as npt
 
 from forge.data.packing import shuffled
 from forge.data.tokens import IntArray
+from forge.train.memory import SAMPLE_DOCUMENTS
 
 FloatArray = npt.NDArray[np.floating]
-#: Documents that k-means and the tf-idf projection are fitted on, at most: bounds memory, and the centroids of a few
-#: partitions do not get better with more.
-SAMPLE_DOCUMENTS = 16_384
 #: Rows of features in memory at a time.
 CHUNK_ROWS = 4096
 #: Rounds of (assign within the capacities, move the centroids); most corpora are stable before.

@@ -18,10 +18,8 @@ from forge.files import atomic_file
 from forge.model.lm import DenseLM
 from forge.train.loop import Progress
 from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
+from forge.train.memory import STATISTICS_TOKENS
 from forge.vocabulary import END_OF_TEXT_ID
-
-#: Tokens of a forward pass, padding included.
-BATCH_TOKENS = 2048
 
 
 def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Path, progress: Progress,
@@ -59,7 +57,7 @@ def _batches(corpus: TokenFile, seq_len: int, eos_id: int) -> Iterator[tuple[ran
         tokens = corpus.document(index)[:seq_len]
         tokens = tokens if len(tokens) else np.array([eos_id])
         longest = max(longest, len(tokens))
-        if batch and (len(batch) + 1) * longest > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * longest > STATISTICS_TOKENS:
             yield range(first, index), batch
             first, longest, batch = index, len(tokens), []
         batch.append(np.concatenate(([eos_id], tokens)).astype(np.int64))

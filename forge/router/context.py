@@ -7,7 +7,7 @@ of Statistical Learning, section 4.3.3) in exactly what it averages, the running
 to channels of the residual stream that nothing but the router reads: their columns in every other matrix are zero.
 
 RMSNorm divides by the length of the whole stream, channels included, so they are written tiny and the norm before the gate
-makes them large again: the model's own computation moves by less than one part in 10^7.
+makes them large again: the model's own computation moves by rounding only (`tests/router/test_context.py`).
 
 Shapes: B sequences, T tokens, D model width, K partitions, R = min(channels, K - 1) discriminants, L layers.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from forge.model.lm import DenseLayer, DenseLM
 from forge.router.statistics import Array, LayerStatistics, forward_batches
 
-#: Mean square of what is written, as a share of the smallest mean square of the residual stream.
+#: Mean squares of what the layers write, summed, as a share of the smallest mean square of the residual stream.
 _SHARE = 1e-8
 
 
@@ -71,10 +71,8 @@ def discriminants(layers: Sequence[LayerStatistics], rank: int, shrinkage: float
     scores: list[Array] = []
     basis_RK: Array | None = None
     for layer in layers:
-        within_DD = layer.within_DD
-        within_DD = within_DD + shrinkage * np.trace(within_DD) / len(within_DD) * np.eye(len(within_DD))
         centred_KD = layer.means_KD - layer.means_KD.mean(axis=0)
-        scores.append(np.linalg.solve(within_DD, centred_KD.T).T)
+        scores.append(np.linalg.solve(layer.shrunk_within_DD(shrinkage), centred_KD.T).T)
         if basis_RK is None:
             vectors_KK = np.linalg.eigh(centred_KD @ scores[0].T)[1][:, ::-1]
             # An eigenvector's sign is free: fix it, so that every machine writes the same head.

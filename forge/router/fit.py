@@ -40,7 +40,7 @@ def lda(statistics: LayerStatistics, shrinkage: float) -> tuple[Array, Array]:
         Weights (K, D) and biases (K,) of the log posterior up to a constant.
     """
     means_KD = statistics.means_KD
-    weights_KD = np.asarray(np.linalg.solve(_shrunk(statistics, shrinkage), means_KD.T).T, dtype=np.float64)
+    weights_KD = np.asarray(np.linalg.solve(statistics.shrunk_within_DD(shrinkage), means_KD.T).T, dtype=np.float64)
     prior_K = statistics.counts_K / statistics.counts_K.sum()
     bias_K: Array = -0.5 * (weights_KD * means_KD).sum(axis=1) + np.log(prior_K)
     return weights_KD, bias_K
@@ -71,7 +71,7 @@ def fold_bias(statistics: LayerStatistics, shrinkage: float, weights_KD: Array, 
     The mean bias is dropped first: it moves all logits alike, and what is folded only in expectation had better be small.
     """
     mean_D = statistics.means_KD.mean(axis=0)
-    direction_D = np.linalg.solve(_shrunk(statistics, shrinkage), mean_D)
+    direction_D = np.linalg.solve(statistics.shrunk_within_DD(shrinkage), mean_D)
     direction_D /= mean_D @ direction_D
     return weights_KD + np.outer(bias_K - bias_K.mean(), direction_D)
 
@@ -87,12 +87,6 @@ def fit_temperature(logits_NK: Array, labels_N: np.ndarray) -> float:
 
     bounds = (-_LOG_TEMPERATURE_RANGE, _LOG_TEMPERATURE_RANGE)
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
-
-
-def _shrunk(statistics: LayerStatistics, shrinkage: float) -> Array:
-    within_DD = statistics.within_DD
-    shrunk: Array = within_DD + shrinkage * np.trace(within_DD) / len(within_DD) * np.eye(len(within_DD))
-    return shrunk
 
 
 _METHODS = {"lda": lda, "ridge": ridge, "centroid": centroid}

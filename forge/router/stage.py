@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ from forge.router.context import add_context
 from forge.router.fit import fit_rows, fit_temperature
 from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs, save_statistics
 from forge.train.loop import Progress
+from forge.train.memory import TEMPERATURE_TOKENS
 from forge.vocabulary import END_OF_TEXT_ID
-
-#: Held-out tokens a partition for the temperatures: one number a layer needs few.
-TEMPERATURE_TOKENS = 20_000
 
 
 def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
@@ -54,8 +52,8 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
     save_statistics(run.data / "router-statistics.safetensors", statistics)
     rows = [fit_rows(layer, config.router) for layer in statistics]
-    held_out = [run.blobs.path(file["validation"]["sha256"]) for file in files]
-    factors, accuracies = temperatures(model, config, rows, held_out)
+    held_out = [_windows(run.blobs.path(file["validation"]["sha256"]), config, TEMPERATURE_TOKENS) for file in files]
+    factors, accuracies = temperatures(model, rows, held_out)
     dtype = getattr(torch, config.model.dtype)
     weights = dict(model.named_parameters())
     return {"router": _publish(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
@@ -73,13 +71,19 @@ def _publish(run: RunDirectory, name: str, tensors: dict[str, torch.Tensor]) -> 
     return {"sha256": run.blobs.adopt(path), "size": size}
 
 
-def temperatures(model: DenseLM, config: RunConfig, rows: Sequence[Array],
-                 held_out: Sequence[Path]) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Per layer: the factor on the rows (1/T) that makes held-out labels most likely, and the token accuracy."""
+def temperatures(model: DenseLM, rows: Sequence[Array],
+                 held_out: Iterable[Iterable[np.ndarray]]) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Per layer: the factor on the rows (1/T) that makes held-out labels most likely, and the token accuracy.
+
+    Args:
+        model: whose gate inputs the rows are for.
+        rows: of every layer's gate, (K, D).
+        held_out: the held-out windows of each partition.
+    """
     logits: list[list[Array]] = [[] for _ in rows]
     labels: list[int] = []
-    for partition, path in enumerate(held_out):
-        for layers in gate_inputs(model, _windows(path, config, TEMPERATURE_TOKENS)):
+    for partition, windows in enumerate(held_out):
+        for layers in gate_inputs(model, windows):
             labels.extend([partition] * len(layers[0]))
             for layer, x_ND in enumerate(layers):
                 logits[layer].append(x_ND @ rows[layer].T)

@@ -24,10 +24,9 @@ from forge.errors import StorageError
 from forge.files import atomic_file
 from forge.model.lm import DenseLM
 from forge.train.loss import IGNORE_INDEX
+from forge.train.memory import STATISTICS_TOKENS
 
 Array = npt.NDArray[np.float64]
-#: Tokens of a forward pass, padding included.
-BATCH_TOKENS = 2048
 
 
 @dataclass
@@ -66,6 +65,12 @@ class LayerStatistics:
         within: Array = (self.second_DD - between) / self.counts_K.sum()
         return within
 
+    def shrunk_within_DD(self, shrinkage: float) -> Array:
+        """W + eps * tr(W)/D * I, for the pooled within-partition covariance W and eps = `shrinkage`."""
+        within_DD = self.within_DD
+        shrunk: Array = within_DD + shrinkage * np.trace(within_DD) / len(within_DD) * np.eye(len(within_DD))
+        return shrunk
+
 
 def forward_batches(model: DenseLM, windows: Iterable[npt.NDArray[Any]]
                     ) -> Iterator[tuple[npt.NDArray[np.bool_], list[torch.Tensor]]]:  # fmt: skip
@@ -74,7 +79,7 @@ def forward_batches(model: DenseLM, windows: Iterable[npt.NDArray[Any]]
     Yields:
         Which positions (B, T) are tokens with a successor and no padding, and the gate input (B, T, D) of each layer.
     """
-    for batch in batches(windows, BATCH_TOKENS):
+    for batch in batches(windows, STATISTICS_TOKENS):
         inputs_BT, targets_BT = pad(batch, IGNORE_INDEX)
         collected: list[torch.Tensor] = []
         with torch.inference_mode():

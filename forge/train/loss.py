@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Positions whose logits exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB.
-CHUNK_POSITIONS = 256
+from forge.train.memory import LOSS_ROWS
+
+#: Positions whose logits exist at a time, unless the memory plan says otherwise.
+CHUNK_POSITIONS = LOSS_ROWS
 IGNORE_INDEX = -100
 
 

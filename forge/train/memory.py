@@ -38,18 +38,21 @@ _ALLOCATOR_SHARE = 0.02
 LIGHT_MB = {"coordinator": 116, "node": 82}
 #: scikit-learn, imported when a corpus is clustered.
 _SKLEARN_BYTES = 78 * MB
-#: Rows of logits that exist at a time; see forge/train/loss.py.
+#: Rows of logits that exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB.
 LOSS_ROWS = 256
 SMALL_LOSS_ROWS = 64
 #: A micro-batch above this gains no speed on a CPU (measured at the default size) and only costs memory.
 LARGEST_MICRO_BATCH = 4
 #: Tokens of a forward pass: of an evaluation, and of the partition and router stages.
-_EVALUATION_TOKENS, _STATISTICS_TOKENS = 512, 2048
+EVALUATION_TOKENS, STATISTICS_TOKENS = 512, 2048
 #: Bytes of a document of text, on average, where only the size of the corpus is known (WikiText-103: 19 KB, Python's
 #: standard library: 15 KB).
 _DOCUMENT_BYTES = 16 << 10
-_SAMPLE_DOCUMENTS = 16_384
-_TEMPERATURE_TOKENS = 20_000
+#: Documents that k-means and the tf-idf projection are fitted on, at most: bounds memory, and the centroids of a few
+#: partitions do not get better with more.
+SAMPLE_DOCUMENTS = 16_384
+#: Held-out tokens a partition for the router's temperatures: one number a layer needs few.
+TEMPERATURE_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,12 @@ def _prepare(config: RunConfig) -> dict[str, int]:
 def _partition(config: RunConfig) -> dict[str, int]:
     if config.partition.method not in ("clustered", "curriculum"):
         return {"data": _documents(config) * 64, "libraries": _SKLEARN_BYTES * (config.partition.method == "tfidf")}
-    reading = _dense_weights(config.model) | _forward(config.model, _STATISTICS_TOKENS)
+    reading = _dense_weights(config.model) | _forward(config.model, STATISTICS_TOKENS)
     if config.partition.method == "curriculum":
         return reading
     # k-means runs after the model is gone: on a sample in float64, copied twice, beside the mapped features of all documents.
     documents, width = _documents(config), config.model.d_model
-    clustering = 3 * min(documents, _SAMPLE_DOCUMENTS) * width * _DOUBLE + documents * width * _FLOAT
+    clustering = 3 * min(documents, SAMPLE_DOCUMENTS) * width * _DOUBLE + documents * width * _FLOAT
     return reading if sum(reading.values()) > clustering + _SKLEARN_BYTES else {
         "libraries": _SKLEARN_BYTES, "data": clustering}  # fmt: skip
 
@@ -212,9 +215,9 @@ def _partition(config: RunConfig) -> dict[str, int]:
 def _router(config: RunConfig) -> dict[str, int]:
     model = config.model
     square = model.d_model**2 * _DOUBLE
-    positions = min(_STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
+    positions = min(STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
     inputs = positions * model.n_layers * model.d_model
-    logits = 2 * _TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
+    logits = 2 * TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
     # The running means and the gate inputs of all layers are collected in a forward pass and one of them is widened after it;
     # the logits of held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
     published = (model.dense_parameters - model.expert_parameters) * _FLOAT * 3 // 2
@@ -228,11 +231,11 @@ def _validate(config: RunConfig) -> dict[str, int]:
     loading = (2 * model.expert_parameters - model.dense_parameters) * _FLOAT
     if model.dtype != "float32":
         loading = model.dense_parameters * 2
-    return _dense_weights(model) | {"activations": max(_forward(model, _EVALUATION_TOKENS)["activations"], loading)}
+    return _dense_weights(model) | {"activations": max(_forward(model, EVALUATION_TOKENS)["activations"], loading)}
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:
-    return _mixture_weights(config.model) | _forward(config.model, _EVALUATION_TOKENS)
+    return _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
 
 
 def _generate(config: RunConfig) -> dict[str, int]:
@@ -276,4 +279,4 @@ def _layer_bytes(model: ModelConfig, positions: int) -> int:
 
 def _documents(config: RunConfig) -> int:
     """Documents of the corpus: from its size where that is limited, else the most that a stage looks at at a time."""
-    return _SAMPLE_DOCUMENTS if config.data.max_bytes is None else config.data.max_bytes // _DOCUMENT_BYTES
+    return SAMPLE_DOCUMENTS if config.data.max_bytes is None else config.data.max_bytes // _DOCUMENT_BYTES
