@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import io
+from itertools import chain
 from pathlib import Path
 import subprocess
 import sys
@@ -23,6 +24,9 @@ class HungryJob:
         self.peak_rss = 0
         code = "held = b'x' * 200_000_000; print('held', flush=True); input()"
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        # Before anybody looks: a look while the pages are still being filled would see a part of them.
+        self._held = self._process.stdout.readline()
 
     @property
     def pid(self) -> int:
@@ -30,7 +34,7 @@ class HungryJob:
 
     def events(self) -> Iterator[dict[str, Any]]:
         assert self._process.stdout is not None and self._process.stdin is not None
-        for _ in self._process.stdout:
+        for _ in chain([self._held], self._process.stdout):
             yield {"event": "progress", "stage": "expert", "step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 1.0,
                    "resident_bytes": 1, "message": None}  # fmt: skip
         self._process.wait()
