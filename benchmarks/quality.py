@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py --data FILE.jsonl.gz --seeds 3 --scale small
 
-Two tables. `rows`: every rival at one operating point. `maturity`: how much of a machine's time to spend on the shared
-components, against a dense model trained for all of it. Killed and started again, it goes on where it was; its workspace
-keeps every model and every measured row, and benchmarks/results/ what was found.
+Five tables. `rows`: every rival at one operating point. `properties`: what else a modular model must do there. `variants`:
+one thing of that point changed at a time. `alone` and `together`: how much of the time to spend on the shared components,
+against one machine, or five by DiLoCo, that train a dense model for all of it. Killed and started again, it goes on where it
+was; its workspace keeps every model and every measured row, and benchmarks/results/ what was found.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own directory is on the path, its package is not
 
 from benchmarks.lab import tables  # noqa: E402
-from benchmarks.lab.maturity import SHARES, measure_maturity  # noqa: E402
+from benchmarks.lab.maturity import SHARES, measure_alone, measure_together  # noqa: E402
 from benchmarks.lab.phases import steps_of  # noqa: E402
+from benchmarks.lab.properties import measure_properties  # noqa: E402
 from benchmarks.lab.rows import ROWS, Point, result  # noqa: E402
 from benchmarks.lab.setting import SCALES, Setting, prepare_data  # noqa: E402
+from benchmarks.lab.variants import measure_variants  # noqa: E402
 from forge.files import read_json, write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+TABLES = ("rows", "properties", "variants", "alone", "together")
 #: Training tokens per live parameter at which the curves are drawn.
 MATURITIES = (3.0, 6.0, 12.0, 25.0, 50.0)
 
@@ -52,16 +56,22 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         setting = Setting(options.work, SCALES[options.scale], experts=options.experts, seed=seed)
         prepare_data(setting, options.data, options.hold_out)
         facts = {"scale": options.scale, "experts": options.experts, "hold_out": options.hold_out}
+        shared = steps_of(setting, options.maturity * setting.parameters)
+        point = Point(setting, shared, round(shared * (1 - options.share) / options.share))
         if "rows" in options.tables:
-            shared = steps_of(setting, options.maturity * setting.parameters)
-            point = Point(setting, shared, round(shared * (1 - options.share) / options.share))
             for name in [row for row in ROWS if options.only in row]:
                 yield {"table": "rows", "maturity": options.maturity, "share": options.share, **facts,
                        **result(name, point, ROWS[name])}  # fmt: skip
-        if "maturity" in options.tables:
-            for maturity in options.maturities:
-                for found in measure_maturity(setting, maturity, options.shares):
-                    yield {"table": "maturity", "maturity": maturity, **facts, **found}
+        if "variants" in options.tables:
+            for found in measure_variants(point, options.only):
+                yield {"table": "variants", "maturity": options.maturity, "share": options.share, **facts, **found}
+        if "properties" in options.tables:
+            for found in measure_properties(point, options.only):
+                yield {"table": "properties", "maturity": options.maturity, "share": options.share, **facts, **found}
+        for table, curves in (("alone", measure_alone), ("together", measure_together)):
+            for maturity in options.maturities if table in options.tables else []:
+                for found in curves(setting, maturity, options.shares):
+                    yield {"table": table, "maturity": maturity, **facts, **found}
 
 
 def _known(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -81,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--experts", type=int, default=5)
-    parser.add_argument("--tables", nargs="+", choices=("rows", "maturity"), default=["rows", "maturity"])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--maturity", type=float, default=12.0, help="training tokens per live parameter at the split (rows)")
     parser.add_argument("--share", type=float, default=0.8, help="share of the time that the shared phase takes (rows)")
     parser.add_argument("--maturities", type=float, nargs="+", default=list(MATURITIES), help="of the curves")

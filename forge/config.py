@@ -185,8 +185,8 @@ class PartitionConfig(Section):
 class RouterConfig(Section):
     """How the router is fitted: in closed form, on the frozen shared components, before any expert exists."""
 
-    method: Literal["lda", "ridge", "centroid"] = "lda"
-    """lda: linear discriminant analysis. ridge: regression on one-hot labels. centroid: nearest partition mean."""
+    method: Literal["ridge", "lda", "centroid"] = "ridge"
+    """ridge: regression on one-hot labels. lda: linear discriminant analysis. centroid: nearest partition mean."""
     shrinkage: float = Field(default=1e-3, ge=0.0)
     """Epsilon in W + eps * tr(W)/d * I, for the pooled within-partition covariance W."""
     tokens: Count = Field(default=2_000_000, gt=0)

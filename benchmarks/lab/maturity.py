@@ -1,6 +1,10 @@
-"""How long to train the shared components: one machine trains them for a share of T, five train experts for the rest.
+"""How long to train the shared components, as a share of a wall-clock time T, counted in optimiser steps of one machine.
 
-The rival is one machine that trains a dense model for all of T. Time is counted in optimiser steps of one machine.
+Two comparisons, at each maturity of the shared components (training tokens per live parameter at the split):
+
+- alone: one machine trains the shared components for a share of T, then five train experts; the rival is one machine that
+  trains a dense model for all of T;
+- together: five machines train the shared components by DiLoCo, then an expert each; the rival is DiLoCo for all of T.
 """
 
 from __future__ import annotations
@@ -9,16 +13,22 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.lab.phases import steps_of, tokens_of
-from benchmarks.lab.rows import Point, dense_row, modular_row, result
-from benchmarks.lab.setting import Setting
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.lab import rivals
+from benchmarks.lab.phases import DECAY, WARMUP_STEPS, State, dense_model, state_of, steps_of, tokens_of
+from benchmarks.lab.rows import Point, Row, dense_row, modular_row, result, trained_flops
+from benchmarks.lab.setting import TRAIN, Setting
 
 #: Shares of T for the shared phase.
 SHARES = (0.6, 0.7, 0.8, 0.9)
+#: Optimiser steps between two meetings of the workers.
+ROUND_STEPS = 25
 
 
-def measure_maturity(setting: Setting, maturity: float, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Both sides at one maturity of the shared components (training tokens per live parameter at the split)."""
+def measure_alone(setting: Setting, maturity: float, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Both sides of the first comparison at one maturity."""
     shared = steps_of(setting, maturity * setting.parameters)
     for share in shares:
         total = round(shared / share)
@@ -26,3 +36,54 @@ def measure_maturity(setting: Setting, maturity: float, shares: Sequence[float])
         facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
         yield facts | result("alone: dense for all of T", point, partial(dense_row, steps=total, name="rival"))
         yield facts | result("alone: ours", point, lambda p: modular_row(p, p.ours(2)))
+
+
+def measure_together(setting: Setting, maturity: float, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Both sides of the second comparison at one maturity."""
+    shared = steps_of(setting, maturity * setting.parameters / setting.experts)
+    for share in shares:
+        total = round(shared / share)
+        point = Together(setting, shared, total - shared)
+        facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
+        yield facts | result("together: DiLoCo for all of T", point, partial(_dense_together, steps=total))
+        yield facts | result("together: ours", point, lambda p: modular_row(p, p.ours(2)))
+
+
+class Together(Point):
+    """A point whose shared components were trained by all workers."""
+
+    @property
+    def shared_work(self) -> int:
+        """Optimiser steps of everybody in the shared phase."""
+        return self.setting.experts * self.shared_steps
+
+    @property
+    def shared_name(self) -> str:
+        """Of the shared components."""
+        return f"together-{super().shared_name}"
+
+    def train_shared(self) -> State:
+        """Train the shared components, at a constant rate: the experts anneal for themselves."""
+        return _by_all(self.setting, self.shared_steps, decay=0.0)
+
+
+def _by_all(setting: Setting, steps: int, decay: float, **model: Any) -> State:
+    """A dense model by DiLoCo from the first step, a random share of the documents for each worker."""
+    start = state_of(dense_model(setting, **model))
+    return rivals.diloco(setting, start, _shards(setting), steps, max(1, round(steps / ROUND_STEPS)),
+                         f"together-{'constant' if decay == 0 else 'annealed'}-{steps}", setting.scale.learning_rate,
+                         decay=decay, warmup=WARMUP_STEPS, **model)  # fmt: skip
+
+
+def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
+    documents = setting.documents(TRAIN)
+    order = np.random.default_rng(setting.seed).permutation(documents)
+    return [np.sort(order[worker :: setting.experts]) for worker in range(setting.experts)]
+
+
+def _dense_together(point: Point, steps: int) -> Row:
+    setting = point.setting
+    fields = setting.rival()
+    model = dense_model(setting, _by_all(setting, steps, DECAY, **fields), **fields).eval()
+    everybody = setting.experts * steps
+    return Row(point.measure(model), tokens_of(setting, everybody), trained_flops(point, everybody, **fields))

@@ -6,10 +6,12 @@ for many X, at the price of one long run and the short decays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,10 @@ from benchmarks.lab.setting import TRAIN, Setting
 from forge.config import ExpertPhaseConfig, PhaseConfig
 from forge.data.packing import SequenceSampler
 from forge.files import TEMPORARY_SUFFIX
-from forge.model.lm import DenseLM
+from forge.model.layers import FeedForward
+from forge.model.lm import DenseLayer, DenseLM
 from forge.train.loop import LoopResult, LoopSettings, train
+from forge.vocabulary import END_OF_TEXT_ID
 
 State = dict[str, Tensor]
 #: Share of a phase's steps in which the rate falls to zero.
@@ -142,22 +146,81 @@ def _trunk(setting: Setting, home: Path, step: int, **model: Any) -> Path:
     return wanted
 
 
-def freeze_shared(model: DenseLM) -> DenseLM:
-    """Leave only the FFNs trainable."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
-    return model
+@dataclass(frozen=True)
+class Recipe:
+    """How an expert is trained; the defaults are the product's."""
+
+    rate: float = 1.0
+    """Peak learning rate, as a multiple of the scale's for experts."""
+    decay: float = 1.0
+    """Share of the steps in which the rate falls to zero."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    init: Literal["copy", "random"] = "copy"
+    general: float = 0.0
+    """Share of each batch that comes from the whole corpus instead of the partition."""
+    gated: bool = False
+    """Whether the expert learns under its gate, y = S(x) + p(x) (E(x) - S(x)), p the router's probability."""
 
 
-def expert(setting: Setting, shared: State, documents: npt.NDArray[np.integer], steps: int, path: Path, *,
-           rate: float | None = None, decay: float = 1.0, seed: int = 0, **more: Any) -> State:  # fmt: skip
-    """The FFNs of one expert: a copy of the shared ones, trained on the documents of a partition."""
+class GatedFFN(FeedForward):
+    """An expert that learns beside the frozen shared FFN, weighted as the router will weigh it."""
+
+    def __init__(self, shared: FeedForward, rows_ED: Tensor, expert: int) -> None:
+        super().__init__(shared.w1.weight.shape[1], shared.w1.weight.shape[0])
+        self.load_state_dict(shared.state_dict())
+        self._shared = [copy.deepcopy(shared).requires_grad_(False)]  # in a list, so that it is no part of this module
+        self._rows_ED, self._expert = rows_ED, expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        share = (x @ self._rows_ED.T).softmax(dim=-1)[..., self._expert, None]
+        shared: Tensor = self._shared[0](x)
+        return shared + share * (super().forward(x) - shared)
+
+
+class MixedSampler(SequenceSampler):
+    """Batches of a partition with a share of windows from everywhere."""
+
+    def __init__(self, setting: Setting, documents: npt.NDArray[np.integer], seed: int, share: float) -> None:
+        super().__init__(setting.corpus, setting.scale.seq_len, seed, END_OF_TEXT_ID, documents)
+        self._general, self._share = setting.sampler(setting.documents(TRAIN), seed), share
+
+    def batch(self, step: int, batch_size: int) -> npt.NDArray[np.int64]:
+        """The windows of one optimiser step."""
+        general = round(self._share * batch_size)
+        return np.concatenate([super().batch(step, batch_size - general), self._general.batch(step, general)])
+
+
+def expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], steps: int, path: Path, number: int,
+           recipe: Recipe, router: Callable[[], Sequence[Tensor]]) -> State:  # fmt: skip
+    """The FFNs of one expert: a copy of the shared ones, trained on the documents of a partition.
+
+    Args:
+        setting: scale and seed.
+        base: the shared components.
+        documents: of the partition.
+        steps: optimiser steps.
+        path: of the expert's file.
+        number: of the expert.
+        recipe: how it is trained.
+        router: makes the rows of every layer's gate; only called when the recipe is gated.
+    """
 
     def make() -> State:
-        model = freeze_shared(dense_model(setting, shared))
-        sampler = setting.sampler(documents, setting.seed * 1000 + seed)
-        config = phase(setting, steps, rate or setting.scale.expert_learning_rate, decay=decay,
-                       warmup=min(10, max(1, steps // 10)), **more)  # fmt: skip
+        model = copy.deepcopy(base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in name)
+        layers = [cast(DenseLayer, layer) for layer in model.model.layers]
+        if recipe.init == "random":
+            fresh = dense_model(setting).state_dict()
+            model.load_state_dict({**model.state_dict(), **{name: t for name, t in fresh.items() if ".mlp." in name}})
+        if recipe.gated:
+            for layer, rows_ED in zip(layers, router(), strict=True):
+                layer.mlp = GatedFFN(layer.mlp, rows_ED, number)
+        seed = setting.seed * 1000 + number
+        sampler = MixedSampler(setting, documents, seed, recipe.general) if recipe.general else setting.sampler(documents, seed)
+        config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
+                       warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip
         work = path.with_suffix(".work")
         run_phase(setting, model, sampler, config, work)
         shutil.rmtree(work)

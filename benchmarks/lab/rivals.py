@@ -101,7 +101,7 @@ def joint_mixture(setting: Setting, steps: int) -> MixtureLM:
 
 
 def diloco(setting: Setting, start: State, groups: Sequence[npt.NDArray[np.integer]], steps: int, rounds: int,
-           name: str, rate: float, decay: float = DECAY, warmup: int = 50) -> State:  # fmt: skip
+           name: str, rate: float, decay: float = DECAY, warmup: int = 50, **model: Any) -> State:  # fmt: skip
     """Workers that train a dense model apart and average after every round (DiLoCo).
 
     Args:
@@ -114,6 +114,7 @@ def diloco(setting: Setting, start: State, groups: Sequence[npt.NDArray[np.integ
         rate: peak learning rate of the workers.
         decay: share of the steps in which it falls to zero.
         warmup: steps in which it rises.
+        model: fields of the architecture that differ.
     """
 
     def make() -> State:
@@ -127,8 +128,8 @@ def diloco(setting: Setting, start: State, groups: Sequence[npt.NDArray[np.integ
                 work = home / f"worker-{worker}"
                 if not _has_reached(work, until):
                     _set_weights(work, point)
-                    model = dense_model(setting, point)
-                    run_phase(setting, model, setting.sampler(documents, setting.seed * 1000 + worker),
+                    sampler = setting.sampler(documents, setting.seed * 1000 + worker)
+                    run_phase(setting, dense_model(setting, point, **model), sampler,
                               phase(setting, steps, rate, decay=decay, warmup=warmup), work, until=until)  # fmt: skip
                 tensors = load_file(work / "checkpoint.safetensors")
                 reached.append({key: tensors[f"model.{key}"] for key in point})

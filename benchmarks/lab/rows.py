@@ -5,8 +5,8 @@ Every row is made from what was trained (kept on disk) and measured once (kept a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lab import mixtures, rivals
-from benchmarks.lab.phases import State, dense, dense_model, expert, tokens_of
+from benchmarks.lab.phases import Recipe, State, dense, dense_model, expert, tokens_of
 from benchmarks.lab.setting import OUTSIDE, TEST, TRAIN, VALIDATION, Setting
 from forge.config import RouterConfig
 from forge.data.features import document_features
@@ -29,7 +29,7 @@ from forge.model.lm import DenseLM
 from forge.router.context import add_context
 from forge.router.fit import fit_rows
 from forge.router.stage import temperatures
-from forge.router.statistics import LayerStatistics, collect
+from forge.router.statistics import Array, LayerStatistics, collect
 from forge.train.memory import TEMPERATURE_TOKENS
 
 
@@ -43,16 +43,29 @@ class Point:
     annealed: bool = False
     """Whether the shared phase ends in its decay; else the experts anneal for themselves."""
     partition: str = "clustered"
+    recipe: Recipe = Recipe()
+
+    @property
+    def shared_work(self) -> int:
+        """Optimiser steps of everybody in the shared phase."""
+        return self.shared_steps
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps that everybody together takes."""
-        return self.shared_steps + self.setting.experts * self.expert_steps
+        return self.shared_work + self.setting.experts * self.expert_steps
+
+    @property
+    def shared_name(self) -> str:
+        """Of the shared components."""
+        return f"{'annealed' if self.annealed else 'constant'}-{self.shared_steps}"
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{'annealed' if self.annealed else 'constant'}-{self.shared_steps}-{self.expert_steps}-{self.partition}"
+        changed = [f"-{field.name}={getattr(self.recipe, field.name)}" for field in fields(Recipe)
+                   if getattr(self.recipe, field.name) != field.default]  # fmt: skip
+        return f"{self.shared_name}-{self.expert_steps}-{self.partition}{''.join(changed)}"
 
     @property
     def home(self) -> Path:
@@ -62,6 +75,10 @@ class Point:
     @cached_property
     def shared(self) -> State:
         """The shared components at the split."""
+        return self.train_shared()
+
+    def train_shared(self) -> State:
+        """Train the shared components, or read them."""
         return dense(self.setting, self.shared_steps, annealed=self.annealed)
 
     @cached_property
@@ -73,10 +90,11 @@ class Point:
     def routed(self) -> DenseLM:
         """The shared components with their context heads, as they are assembled."""
         model = dense_model(self.setting, self.shared).eval().requires_grad_(False)
-        add_context(model, [partial(self._router_windows, k) for k in range(self.setting.experts)], RouterConfig().shrinkage)
+        add_context(model, [partial(self.router_windows, k) for k in range(self.setting.experts)], RouterConfig().shrinkage)
         return model
 
-    def _router_windows(self, partition: int) -> Iterator[npt.NDArray[np.int64]]:
+    def router_windows(self, partition: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The training windows of a partition that a router is fitted on."""
         tokens = self.setting.scale.router_tokens // self.setting.experts
         return self.setting.windows(self.documents(TRAIN, partition), tokens)
 
@@ -84,7 +102,7 @@ class Point:
     def assignment(self) -> npt.NDArray[np.integer]:
         """Partition of each document, by the features of the shared components."""
         setting = self.setting
-        path = setting.work / f"assignment-{'a' if self.annealed else 'c'}{self.shared_steps}-{self.partition}.npy"
+        path = setting.work / f"assignment-{self.shared_name}-{self.partition}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             features = None
@@ -106,8 +124,9 @@ class Point:
     @cached_property
     def experts(self) -> list[State]:
         """The experts, trained apart."""
-        return [expert(self.setting, self.shared, self.documents(TRAIN, k), self.expert_steps,
-                       self.home / f"expert-{k}.safetensors", seed=k) for k in range(self.setting.experts)]  # fmt: skip
+        return [expert(self.setting, self.routed if self.recipe.gated else self.base, self.documents(TRAIN, k),
+                       self.expert_steps, self.home / f"expert-{k}.safetensors", k, self.recipe, self.router)
+                for k in range(self.setting.experts)]  # fmt: skip
 
     @cached_property
     def statistics(self) -> dict[bool, list[LayerStatistics]]:
@@ -118,19 +137,22 @@ class Point:
         experts = self.setting.experts
         layers = [LayerStatistics.empty(experts, model.config.d_model) for _ in range(model.config.n_layers)]
         for k in range(experts):
-            collect(model, k, self._router_windows(k), layers)
+            collect(model, k, self.router_windows(k), layers)
         return layers
 
-    def router(self, method: str = "lda", context: bool = True) -> list[Tensor]:
+    def router(self, method: str = RouterConfig().method, context: bool = True) -> list[Tensor]:
         """Rows of the gate of every layer, (E, D), at the fitted temperature."""
         config = RouterConfig.model_validate({"method": method})
         rows = [fit_rows(layer, config) for layer in self.statistics[context]]
-        held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS)
-                    for k in range(self.setting.experts)]  # fmt: skip
-        factors, _ = temperatures(self.routed if context else self.base, rows, held_out)
+        factors = self.temperatures(self.routed if context else self.base, rows)
         return [torch.from_numpy(factor * rows_ED).float() for factor, rows_ED in zip(factors, rows, strict=True)]
 
-    def ours(self, k: int, method: str = "lda", context: bool = True) -> mixtures.GatedMixture:
+    def temperatures(self, model: DenseLM, rows: Sequence[Array]) -> list[float]:
+        """The factor on the rows of each layer, by the validation documents of the partitions that have a row."""
+        held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS) for k in range(len(rows[0]))]
+        return temperatures(model, rows, held_out)[0]
+
+    def ours(self, k: int, method: str = RouterConfig().method, context: bool = True) -> mixtures.GatedMixture:
         """The assembled model: experts, router, nothing retrained."""
         gate = mixtures.top_k_gate(self.router(method, context), k)
         return mixtures.GatedMixture(self.routed if context else self.base, self.experts, gate)
@@ -200,7 +222,7 @@ def modular_flops(point: Point) -> float:
     model = point.setting.config().model
     frozen = model.dense_parameters - model.expert_parameters
     tokens = tokens_of(point.setting, point.expert_steps) * point.setting.experts
-    return trained_flops(point, point.shared_steps) + tokens * (6.0 * model.expert_parameters + 4.0 * frozen)
+    return trained_flops(point, point.shared_work) + tokens * (6.0 * model.expert_parameters + 4.0 * frozen)
 
 
 def dense_row(point: Point, steps: int, name: str, **model: Any) -> Row:
@@ -305,9 +327,9 @@ ROWS: dict[str, Maker] = {
     "ours without context, top-1": lambda p: modular_row(p, p.ours(1, context=False)),
     "ours without context, top-2": lambda p: modular_row(p, p.ours(2, context=False)),
     "ours (centroid), top-2": lambda p: modular_row(p, p.ours(2, "centroid")),
+    "ours (lda), top-2": lambda p: modular_row(p, p.ours(2, "lda")),
+    "ours (ridge), top-1": lambda p: modular_row(p, p.ours(1, "ridge")),
     "ours (ridge), top-2": lambda p: modular_row(p, p.ours(2, "ridge")),
-    "ours (lda), top-1": lambda p: modular_row(p, p.ours(1)),
-    "ours (lda), top-2": lambda p: modular_row(p, p.ours(2)),
 }  # fmt: skip
 
 

@@ -9,11 +9,16 @@ from statistics import mean, stdev
 from typing import Any
 
 Rows = list[dict[str, Any]]
+#: What the two curves over maturity compare.
+CURVES = {"alone": "Alone: one machine for a share of T and five for the rest, against one machine for all of T",
+          "together": "Together: five machines by DiLoCo for a share of T, then an expert each, against DiLoCo for all of T"}
 
 
 def line(row: dict[str, Any]) -> str:
     """One row, as it is printed when it was measured."""
     place = f"maturity {row['maturity']:g}, share {row['share']:g}, seed {row['seed']}"
+    if "values" in row:
+        return f"{row['row']}: {', '.join(f'{key} {value:.4f}' for key, value in row['values'].items())}  ({place})"
     return f"{row['mean']:.4f} nats, pooled {row['pooled']:.4f}, outside {row['ood']:.4f}  {row['row']}  ({place})"
 
 
@@ -23,14 +28,32 @@ def markdown(rows: Rows) -> str:
              "Printed by `benchmarks/quality.py`. Losses are in nats a token on held-out documents; `mean` gives every",
              "partition the same weight, `outside` is the domain that nobody trained on; ± is the standard deviation over",
              "seeds."]  # fmt: skip
-    for maturity, share in sorted({(row["maturity"], row["share"]) for row in rows if row["table"] == "rows"}):
-        here = [row for row in rows if row["table"] == "rows" and (row["maturity"], row["share"]) == (maturity, share)]
-        parts += ["", f"## {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components", "", *_rows(here)]
-    curves = [row for row in rows if row["table"] == "maturity"]
-    if curves:
-        parts += ["", "## One machine for a share of T and five for the rest, against one machine for all of T", ""]
-        parts += _maturity(curves)
+    for table, title in (("rows", "Rivals"), ("variants", "Variants")):
+        for maturity, share in _points(rows, table):
+            here = [row for row in rows if row["table"] == table and (row["maturity"], row["share"]) == (maturity, share)]
+            parts += ["", f"## {title}: {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components",
+                      "", *_rows(here)]  # fmt: skip
+    for maturity, share in _points(rows, "properties"):
+        here = [row for row in rows if row["table"] == "properties" and (row["maturity"], row["share"]) == (maturity, share)]
+        parts += ["", f"## Properties: {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components", "",
+                  *_properties(here)]  # fmt: skip
+    for table, title in CURVES.items():
+        curves = [row for row in rows if row["table"] == table]
+        if curves:
+            parts += ["", f"## {title}", "", *_maturity(curves)]
     return "\n".join(parts) + "\n"
+
+
+def _points(rows: Rows, table: str) -> list[tuple[float, float]]:
+    return sorted({(row["maturity"], row["share"]) for row in rows if row["table"] == table})
+
+
+def _properties(rows: Rows) -> list[str]:
+    made = ["| property | | seeds | value |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["row"] for row in rows):
+        same = [row["values"] for row in rows if row["row"] == name]
+        made += [f"| {name} | {key} | {len(same)} | {spread(values[key] for values in same)} |" for key in same[0]]
+    return made
 
 
 def _rows(rows: Rows) -> list[str]:
@@ -48,12 +71,12 @@ def _rows(rows: Rows) -> list[str]:
 
 
 def _maturity(rows: Rows) -> list[str]:
-    made = ["| tokens a parameter | share of T | seeds | dense for T | ours | ours is better by | partitions won |",
+    made = ["| tokens a parameter | share of T | seeds | rival | ours | ours is better by | partitions won |",
             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for maturity, share in sorted({(row["maturity"], row["share"]) for row in rows}):
         here = [row for row in rows if (row["maturity"], row["share"]) == (maturity, share)]
         pairs = [(dense, ours) for dense in here for ours in here
-                 if dense["seed"] == ours["seed"] and "dense" in dense["row"] and "ours" in ours["row"]]  # fmt: skip
+                 if dense["seed"] == ours["seed"] and "ours" not in dense["row"] and "ours" in ours["row"]]  # fmt: skip
         if pairs:
             won = mean(sum(ours["loss"][k] < dense["loss"][k] for k in dense["loss"]) for dense, ours in pairs)
             made.append(f"| {maturity:g} | {share:.0%} | {len(pairs)} | {spread(d['mean'] for d, _ in pairs)} | "
@@ -69,29 +92,29 @@ def spread(values: Iterable[float]) -> str:
 
 
 def plots(rows: Rows, directory: Path) -> None:
-    """Draw the gain over the dense model against maturity, one line a share."""
-    import matplotlib
+    """Draw the gain over the dense model against maturity, one line a share, one panel a comparison."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves = [row for row in rows if row["table"] == "maturity"]
-    if not curves:
+    found = {table: here for table in CURVES if (here := [row for row in rows if row["table"] == table])}
+    if not found:
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for share in sorted({row["share"] for row in curves}):
-        points = []
-        for maturity in sorted({row["maturity"] for row in curves}):
-            here = [row for row in curves if (row["maturity"], row["share"]) == (maturity, share)]
-            losses = {kind: [row["mean"] for row in here if kind in row["row"]] for kind in ("dense", "ours")}
-            if all(losses.values()):
-                points.append((maturity, mean(losses["dense"]) - mean(losses["ours"])))
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{share:.0%} of T for the shared components")
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("training tokens per parameter at the split")
-    axes.set_ylabel("nats better than dense for all of T")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(directory / "maturity.png", dpi=120)
-    pyplot.close(figure)
+    figure = Figure(figsize=(6.5 * len(found), 4.5), layout="constrained")
+    for number, (table, curves) in enumerate(found.items(), start=1):
+        axes = figure.add_subplot(1, len(found), number)
+        for share in sorted({row["share"] for row in curves}):
+            points = []
+            for maturity in sorted({row["maturity"] for row in curves}):
+                here = [row for row in curves if (row["maturity"], row["share"]) == (maturity, share)]
+                rival, ours = ([row["mean"] for row in here if ("ours" in row["row"]) == mine] for mine in (False, True))
+                if rival and ours:
+                    points.append((maturity, mean(rival) - mean(ours)))
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=f"{share:.0%} of T for the shared components")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(table)
+        axes.set_xlabel("training tokens per parameter at the split")
+        axes.set_ylabel("nats better than dense for all of T")
+        axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(directory / "maturity.png")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lab import mixtures, rivals
+from benchmarks.lab import mixtures, properties, rivals
 from benchmarks.lab.phases import dense_model, state_of
 from benchmarks.lab.setting import SCALES, Setting
 from forge.config import parse_config
@@ -98,16 +98,36 @@ def test_a_small_benchmark_measures_its_rows_once(tmp_path: Path) -> None:
     _corpus(tmp_path / "text.jsonl")
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--data", str(tmp_path / "text.jsonl"), "--hold-out",
                "third-2", "--scale", "tiny", "--experts", "2", "--seeds", "1", "--maturity", "2", "--share", "0.6",
-               "--maturities", "2", "--shares", "0.6", "--work", str(tmp_path / "work"), "--results",
-               str(tmp_path / "results"), "--threads", "1"]  # fmt: skip
+               "--maturities", "2", "--shares", "0.6", "--tables", "rows", "properties", "alone",
+               "together", "--threads", "1", "--work", str(tmp_path / "work"),
+               "--results", str(tmp_path / "results")]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads((tmp_path / "results" / "quality.json").read_text())
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert again.stdout == first.stdout
     assert json.loads((tmp_path / "results" / "quality.json").read_text()) == rows
-    losses = {row["row"]: row["mean"] for row in rows}
+    losses = {row["row"]: row["mean"] for row in rows if "mean" in row}
     assert losses["oracle: the partition's expert"] < losses["shared components alone"]
-    assert losses["ours (lda), top-2"] < losses["random router, top-2"]
-    assert all(set(row) >= {"row", "seed", "loss", "mean", "pooled", "ood", "tokens", "flops"} for row in rows)
-    assert (tmp_path / "results" / "quality.md").read_text().count("| ours (lda), top-2 | 1 |") == 1
+    assert losses["ours (ridge), top-2"] < losses["random router, top-2"]
+    assert {row["table"] for row in rows} == {"rows", "properties", "alone", "together"}
+    assert all(set(row) >= {"row", "seed", "loss", "mean", "pooled", "ood", "tokens", "flops"} for row in rows
+               if row["table"] != "properties")  # fmt: skip
+    values = {row["row"]: row["values"] for row in rows if row["table"] == "properties"}
+    assert values["arrivals"]["2 experts: mean loss over the orders"] < values["arrivals"]["0 experts: mean loss over the orders"]
+    assert values["removing an expert"]["its own partition loses, mean"] > 0
+    assert (tmp_path / "results" / "quality.md").read_text().count("| ours (ridge), top-2 | 1 |") == 1
     assert (tmp_path / "results" / "maturity.png").stat().st_size > 10_000
+
+    variants = [*command[: command.index("--tables")], "--tables", "variants", "--only", "expert",
+                *command[command.index("--work") :]]  # fmt: skip
+    subprocess.run(variants, check=True)
+    found = {row["row"]: row["mean"] for row in json.loads((tmp_path / "results" / "quality.json").read_text())
+             if row["table"] == "variants"}  # fmt: skip
+    assert {"experts with AdamW", "experts trained under their gate", "experts from random weights"} < set(found)
+    assert len(set(found.values())) == len(found), "every variant changes the result"
+
+
+def test_distinct_pairs_and_repetition() -> None:
+    assert properties.distinct_2([[1, 2, 1, 2], [3, 4]]) == pytest.approx(3 / 4)
+    assert properties.repetition([[1, 2, 3, 4, 5, 6]]) == 0
+    assert properties.repetition([[1, 1, 1, 1, 1, 1]]) == pytest.approx(2 / 3)
