@@ -158,6 +158,8 @@ class Recipe:
     init: Literal["copy", "random"] = "copy"
     general: float = 0.0
     """Share of each batch that comes from the whole corpus instead of the partition."""
+    volunteer: int = 0
+    """Which of several volunteers on the same partition: each has an order of the text of its own."""
     gated: bool = False
     """Whether the expert learns under its gate, y = S(x) + p(x) (E(x) - S(x)), p the router's probability."""
 
@@ -217,7 +219,7 @@ def expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], 
         if recipe.gated:
             for layer, rows_ED in zip(layers, router(), strict=True):
                 layer.mlp = GatedFFN(layer.mlp, rows_ED, number)
-        seed = setting.seed * 1000 + number
+        seed = setting.seed * 1000 + number + 100 * recipe.volunteer
         sampler = MixedSampler(setting, documents, seed, recipe.general) if recipe.general else setting.sampler(documents, seed)
         config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
                        warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip

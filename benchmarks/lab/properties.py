@@ -102,9 +102,7 @@ def addition(point: Point) -> Values:
 
     def assembled(experts: int) -> mixtures.GatedMixture:
         rows = [fit_rows(layer, config) for layer in statistics(experts)]
-        factors = point.temperatures(model, rows)
-        gate = mixtures.top_k_gate([torch.from_numpy(factor * row_ED).float()
-                                    for factor, row_ED in zip(factors, rows, strict=True)], setting.top_k)  # fmt: skip
+        gate = mixtures.top_k_gate(point.at_temperature(model, rows), setting.top_k)
         return mixtures.GatedMixture(model, point.experts[:experts], gate)
 
     before, after = (np.asarray(losses(point, assembled(count))) for count in (last, last + 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import json
+from pathlib import Path
 import shutil
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.lab.mixtures import GatedMixture, keep_top
 from benchmarks.lab.phases import DECAY, MICRO_BATCH, State, dense_model, kept, phase, run_phase, state_of
 from benchmarks.lab.setting import TRAIN, Setting
 from forge.config import ModelConfig
@@ -33,6 +35,8 @@ BALANCE = 0.01
 TIES_KEEP = 0.2
 #: DiLoCo (Douillard et al. 2023, arXiv 2311.08105, section 3): outer Nesterov momentum with these.
 OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
+#: Learning rate of the fine-tuned router: a hundredth of the rows' own size a step.
+ROUTER_RATE = 3e-3
 #: Tokens of a document after which a document-level router decides (Filippova et al. 2024, SmallTalk: a short prefix).
 PREFIX = 32
 
@@ -97,6 +101,34 @@ def joint_mixture(setting: Setting, steps: int) -> MixtureLM:
         return state_of(model)
 
     model.load_state_dict(kept(setting.work / f"joint-{steps}.safetensors", make))
+    return model.requires_grad_(False).eval()
+
+
+class TrainedGate(GatedMixture):
+    """A mixture of which only the gate learns."""
+
+    def __init__(self, base: DenseLM, experts: Sequence[State], rows: Sequence[Tensor], k: int) -> None:
+        learned = nn.ParameterList(nn.Parameter(rows_ED.clone()) for rows_ED in rows)
+        super().__init__(base, experts, lambda layer, x_BTD: keep_top(x_BTD @ learned[layer].T, k))
+        self.rows = learned
+
+
+def fine_tuned_router(setting: Setting, base: DenseLM, experts: Sequence[State], rows: Sequence[Tensor], steps: int,
+                      path: Path) -> GatedMixture:  # fmt: skip
+    """The mixture after its gate alone was trained on all documents: what closed form gives away."""
+    model = TrainedGate(base, experts, rows, setting.top_k)
+
+    def make() -> State:
+        work = path.with_suffix(".work")
+        run_phase(setting, cast(DenseLM, model), setting.sampler(setting.documents(TRAIN), setting.seed),
+                  phase(setting, steps, ROUTER_RATE, decay=1.0, warmup=5, optimizer="adamw"), work)  # fmt: skip
+        shutil.rmtree(work)
+        return {name: t for name, t in state_of(model).items() if name.startswith("rows.")}
+
+    tuned = kept(path, make)
+    with torch.no_grad():
+        for name, parameter in model.rows.named_parameters(prefix="rows"):
+            parameter.copy_(tuned[name])
     return model.requires_grad_(False).eval()
 
 

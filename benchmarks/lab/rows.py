@@ -6,7 +6,7 @@ Every row is made from what was trained (kept on disk) and measured once (kept a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Point:
         """Of its files."""
         changed = [f"-{field.name}={getattr(self.recipe, field.name)}" for field in fields(Recipe)
                    if getattr(self.recipe, field.name) != field.default]  # fmt: skip
-        return f"{self.shared_name}-{self.expert_steps}-{self.partition}{''.join(changed)}"
+        return f"{self.shared_name}-{self.partition}-{self.setting.experts}x{self.expert_steps}{''.join(changed)}"
 
     @property
     def home(self) -> Path:
@@ -102,7 +102,7 @@ class Point:
     def assignment(self) -> npt.NDArray[np.integer]:
         """Partition of each document, by the features of the shared components."""
         setting = self.setting
-        path = setting.work / f"assignment-{self.shared_name}-{self.partition}.npy"
+        path = setting.work / f"assignment-{self.shared_name}-{self.partition}-{self.setting.experts}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             features = None
@@ -144,13 +144,13 @@ class Point:
         """Rows of the gate of every layer, (E, D), at the fitted temperature."""
         config = RouterConfig.model_validate({"method": method})
         rows = [fit_rows(layer, config) for layer in self.statistics[context]]
-        factors = self.temperatures(self.routed if context else self.base, rows)
-        return [torch.from_numpy(factor * rows_ED).float() for factor, rows_ED in zip(factors, rows, strict=True)]
+        return self.at_temperature(self.routed if context else self.base, rows)
 
-    def temperatures(self, model: DenseLM, rows: Sequence[Array]) -> list[float]:
-        """The factor on the rows of each layer, by the validation documents of the partitions that have a row."""
+    def at_temperature(self, model: DenseLM, rows: Sequence[Array]) -> list[Tensor]:
+        """The rows of each layer times the factor that suits the validation documents of the partitions that have a row."""
         held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS) for k in range(len(rows[0]))]
-        return temperatures(model, rows, held_out)[0]
+        factors, _ = temperatures(model, rows, held_out)
+        return [torch.from_numpy(factor * rows_ED).float() for factor, rows_ED in zip(factors, rows, strict=True)]
 
     def ours(self, k: int, method: str = RouterConfig().method, context: bool = True) -> mixtures.GatedMixture:
         """The assembled model: experts, router, nothing retrained."""
@@ -293,6 +293,17 @@ def _best_single(point: Point) -> Row:
     return from_log_p(point, lambda name, log_p, sizes: _sum(log_p[best], sizes))
 
 
+def _fine_tuned(point: Point) -> Row:
+    setting, steps = point.setting, max(1, point.expert_steps // 2)
+    model = rivals.fine_tuned_router(setting, point.routed, point.experts, point.router(), steps,
+                                     point.home / "router.safetensors")  # fmt: skip
+    row = modular_row(point, model)
+    # Forward and backward through the experts of a token, of which only the gate learns.
+    config = point.routed.config
+    frozen = config.dense_parameters + (setting.top_k - 1) * config.expert_parameters
+    return replace(row, tokens=row.tokens + tokens_of(setting, steps), flops=row.flops + 4.0 * frozen * tokens_of(setting, steps))
+
+
 def _random_router(point: Point) -> Row:
     generator = torch.Generator().manual_seed(point.setting.seed)
     rows = [torch.randn(row.shape, generator=generator) * 0.1 for row in point.router()]
@@ -330,6 +341,7 @@ ROWS: dict[str, Maker] = {
     "ours (lda), top-2": lambda p: modular_row(p, p.ours(2, "lda")),
     "ours (ridge), top-1": lambda p: modular_row(p, p.ours(1, "ridge")),
     "ours (ridge), top-2": lambda p: modular_row(p, p.ours(2, "ridge")),
+    "ours, router then fine-tuned (retraining)": _fine_tuned,
 }  # fmt: skip
 
 

@@ -6,33 +6,106 @@ documents of the clustered partitions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from benchmarks.lab import mixtures, rivals
 from benchmarks.lab.phases import Recipe
 from benchmarks.lab.rows import Point, Row, modular_row, result
+from forge.config import RouterConfig
+from forge.model.lm import DenseLM, LanguageModel
+from forge.router.fit import fit_rows
+from forge.router.statistics import LayerStatistics, collect
 
-#: What is changed of the point, and of the gate ("k", "method").
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as in the table of rows": {},
-    "partitions by tf-idf": {"partition": "tfidf"},
-    "partitions at random": {"partition": "random"},
-    "shared phase annealed": {"annealed": True},
-    "shared phase annealed, experts' rate / 2": {"annealed": True, "rate": 0.5},
-    "experts' rate x 2": {"rate": 2.0},
-    "experts' rate x 4": {"rate": 4.0},
-    "experts' rate / 2": {"rate": 0.5},
-    "experts decay in the last half": {"decay": 0.5},
-    "experts with AdamW": {"optimizer": "adamw"},
-    "experts from random weights": {"init": "random"},
-    "10 % general text": {"general": 0.1},
-    "20 % general text": {"general": 0.2},
-    "experts trained under their gate": {"gated": True},
-    "top-1": {"k": 1},
-    "top-3": {"k": 3},
-    "all experts": {"k": 5},
+Variant = Callable[[Point], tuple[Point, LanguageModel]]
+"""The point of the rows -> the changed one and its assembled model."""
+
+
+def trained(**recipe: Any) -> Variant:
+    """Experts trained in another way."""
+    return placed(recipe=Recipe(**recipe))
+
+
+def placed(**change: Any) -> Variant:
+    """Other partitions, or another beginning."""
+
+    def make(point: Point) -> tuple[Point, LanguageModel]:
+        changed = replace(point, **change)
+        return changed, changed.ours(changed.setting.top_k)
+
+    return make
+
+
+def gated(k: int = 2, sharpness: float = 1.0) -> Variant:
+    """The same experts under more or fewer of them a token, or a gate of another temperature."""
+
+    def make(point: Point) -> tuple[Point, LanguageModel]:
+        rows = [sharpness * rows_ED for rows_ED in point.router()]
+        gate = mixtures.top_k_gate(rows, min(k, point.setting.experts))
+        return point, mixtures.GatedMixture(point.routed, point.experts, gate)
+
+    return make
+
+
+def counted(experts: int, grow: bool = False) -> Variant:
+    """Another number of experts, for the same tokens in sum or for the same tokens each."""
+
+    def make(point: Point) -> tuple[Point, LanguageModel]:
+        steps = point.expert_steps if grow else max(1, round(point.expert_steps * point.setting.experts / experts))
+        changed = replace(point, setting=replace(point.setting, experts=experts), expert_steps=steps)
+        return changed, changed.ours(changed.setting.top_k)
+
+    return make
+
+
+def through_experts(point: Point) -> tuple[Point, LanguageModel]:
+    """Statistics of what the gates see once the experts are there, which takes every expert."""
+    config, count = RouterConfig(), point.setting.experts
+    layers = [LayerStatistics.empty(count, point.routed.config.d_model) for _ in range(point.routed.config.n_layers)]
+    for k in range(count):
+        oracle = mixtures.GatedMixture(point.routed, point.experts, mixtures.constant_gate(mixtures.one_hot(k, count)))
+        collect(cast(DenseLM, oracle), k, point.router_windows(k), layers)
+    rows = [fit_rows(layer, config) for layer in layers]
+    gate = mixtures.top_k_gate(point.at_temperature(point.routed, rows), point.setting.top_k)
+    return point, mixtures.GatedMixture(point.routed, point.experts, gate)
+
+
+def two_volunteers(point: Point) -> tuple[Point, LanguageModel]:
+    """Two experts of each partition, which saw its text in different orders, averaged."""
+    second = replace(point, recipe=Recipe(volunteer=1))
+    pairs = [rivals.average({}, pair) for pair in zip(point.experts, second.experts, strict=True)]
+    gate = mixtures.top_k_gate(point.router(), point.setting.top_k)
+    return point, mixtures.GatedMixture(point.routed, pairs, gate)
+
+
+VARIANTS: dict[str, Variant] = {
+    "as in the table of rows": placed(),
+    "top-1": gated(k=1),
+    "top-3": gated(k=3),
+    "all experts": gated(k=16),
+    "gate twice as sharp": gated(sharpness=2.0),
+    "gate half as sharp": gated(sharpness=0.5),
+    "statistics through the experts": through_experts,
+    "partitions by tf-idf": placed(partition="tfidf"),
+    "partitions at random": placed(partition="random"),
+    "experts' rate x 2": trained(rate=2.0),
+    "experts' rate / 2": trained(rate=0.5),
+    "experts trained under their gate": trained(gated=True),
+    "10 % general text": trained(general=0.1),
+    "20 % general text": trained(general=0.2),
+    "shared phase annealed": placed(annealed=True),
+    "shared phase annealed, experts' rate / 2": placed(annealed=True, recipe=Recipe(rate=0.5)),
+    "two volunteers a partition, averaged": two_volunteers,
+    "experts decay in the last half": trained(decay=0.5),
+    "experts with AdamW": trained(optimizer="adamw"),
+    "experts from random weights": trained(init="random"),
+    "2 experts, same tokens in sum": counted(2),
+    "8 experts, same tokens in sum": counted(8),
+    "16 experts, same tokens in sum": counted(16),
+    "8 experts, same tokens each": counted(8, grow=True),
+    "16 experts, same tokens each": counted(16, grow=True),
 }
 
 
@@ -40,10 +113,9 @@ def measure_variants(point: Point, only: str = "") -> Iterator[dict[str, Any]]:
     """Every variant of a point whose name has `only` in it."""
     for name, change in VARIANTS.items():
         if only in name:
-            yield result(name, point, partial(_row, **change))
+            yield result(name, point, partial(_row, change=change))
 
 
-def _row(point: Point, k: int = 2, partition: str = "clustered", annealed: bool = False, **recipe: Any) -> Row:
-    varied = replace(point, partition=partition, annealed=annealed, recipe=Recipe(**recipe))
-    model = varied.ours(min(k, point.setting.experts))
-    return replace(modular_row(varied, model), losses=point.measure(model))
+def _row(point: Point, change: Variant) -> Row:
+    changed, model = change(point)
+    return replace(modular_row(changed, model), losses=point.measure(model))

@@ -62,7 +62,7 @@ def test_the_folded_bias_is_right_in_expectation() -> None:
     x, labels = _data(8000, 6)
     statistics = _statistics(x, labels)
     weights, bias = lda(statistics, 1e-3)
-    rows = fit_rows(statistics, RouterConfig())
+    rows = fit_rows(statistics, RouterConfig(method="lda"))
     mean = statistics.means_KD.mean(axis=0)
     np.testing.assert_allclose(rows @ mean, weights @ mean + bias - bias.mean(), atol=1e-8)
 
