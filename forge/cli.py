@@ -245,6 +245,8 @@ class Printer:
             self._last = 0.0
             click.echo(f"== {event['stage']}")
             return
+        if not event["steps"] and not event.get("message"):
+            return
         if time.monotonic() - self._last < self.INTERVAL and event["step"] != event["steps"]:
             return
         self._last = time.monotonic()
@@ -255,6 +257,8 @@ def progress_line(event: dict[str, Any]) -> str:
     """One progress event for people: stage, steps, loss, speed, memory and the time left."""
     from forge.train.memory import format_size
 
+    if not event["steps"]:
+        return f"  {event['message']}"
     parts = [f"{event['stage']}: {event['step']:,} of {event['steps']:,}"]
     if event.get("message"):
         parts.append(str(event["message"]))
@@ -290,12 +294,15 @@ def print_evaluation(root: Path) -> None:
 
 def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
              ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
+    from forge.jobs import enforcement
     from forge.pipeline import check_budget
     from forge.train.memory import parse_size
 
     resolved = load_config(config, overrides)
     ram_bytes = parse_size(ram) if ram is not None else _all_memory()
     check_budget(resolved, ram_bytes)
+    if ram is not None:
+        click.echo(enforcement(ram_bytes))
     return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
 
 

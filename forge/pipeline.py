@@ -32,7 +32,10 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 def run_stage(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
-    """Job `stage`: run one stage of a run directory, or return its facts when it is finished."""
+    """Job `stage`: run one stage of a run directory, or return its facts when it is finished.
+
+    A stage that was asked to stop before its end returns `finished`, which is False.
+    """
     run, stage = RunDirectory(Path(arguments["run_dir"])), arguments["stage"]
     facts = run.marker(stage)
     if facts is not None:
@@ -40,7 +43,7 @@ def run_stage(arguments: dict[str, Any], progress: Progress, should_stop: Should
     ram_bytes = int(arguments.get("ram_bytes") or psutil.virtual_memory().total)
     made = _STAGE_FUNCTIONS[stage](run, ram_bytes, progress, should_stop)
     if made is None:
-        raise ForgeError(f"The {stage} stage was stopped; run the same command again to go on from its checkpoint.")
+        return {"finished": False}
     return run.finish(stage, made | {"peak_bytes": peak_resident_bytes()})
 
 
@@ -126,13 +129,14 @@ JOBS: dict[str, Callable[[dict[str, Any], Progress, ShouldStop], dict[str, Any]]
 # What the parent does -------------------------------------------------------------------------------------------------
 
 
-def call(name: str, arguments: dict[str, Any], on_event: OnEvent, threads: int | None = None) -> dict[str, Any]:
-    """Run a job to its end, handing its progress events on.
+def call(name: str, arguments: dict[str, Any], on_event: OnEvent, threads: int | None = None,
+         ram_bytes: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run a job to its end within `ram_bytes`, handing its progress events on.
 
     Raises:
         ForgeError: of the class that the job raised.
     """
-    job = Job(name, arguments, threads=threads)
+    job = Job(name, arguments, threads=threads, ram_bytes=ram_bytes)
     try:
         for event in job.events():
             on_event(event)
@@ -154,17 +158,17 @@ def run_all(root: Path, config: RunConfig, *, ram_bytes: int, threads: int | Non
     run = prepare_run(root, config, STAGES, ram_bytes=ram_bytes, threads=threads, on_event=on_event)
     start(run)
     if not (run.reports / "evaluation.json").is_file():
-        _evaluate(run, False, on_event, threads)
+        _evaluate(run, False, on_event, threads, ram_bytes)
     done = arrived(run.model)
     for partition in range(config.model.n_experts):
         if partition not in done:
             train_and_accept(run, partition, ram_bytes=ram_bytes, threads=threads, device=device, on_event=on_event)
-            _evaluate(run, False, on_event, threads)
-    return _evaluate(run, True, on_event, threads)
+            _evaluate(run, False, on_event, threads, ram_bytes)
+    return _evaluate(run, True, on_event, threads, ram_bytes)
 
 
-def _evaluate(run: RunDirectory, final: bool, on_event: OnEvent, threads: int | None) -> dict[str, Any]:
-    row = call("evaluate", {"run_dir": str(run.root), "final": final}, on_event, threads)
+def _evaluate(run: RunDirectory, final: bool, on_event: OnEvent, threads: int | None, ram_bytes: int) -> dict[str, Any]:
+    row = call("evaluate", {"run_dir": str(run.root), "final": final}, on_event, threads, ram_bytes)
     note_memory(run, "evaluate", row)
     return row
 
@@ -177,7 +181,8 @@ def prepare_run(root: Path, config: RunConfig, stages: tuple[str, ...], *, ram_b
         for stage in stages:
             if run.marker(stage) is None:
                 on_event({"event": "stage", "stage": stage})
-                facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads)
+                facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads,
+                             ram_bytes)  # fmt: skip
                 note_memory(run, stage, facts)
     return run
 
@@ -193,10 +198,11 @@ def train_and_accept(run: RunDirectory, partition: int, *, ram_bytes: int, threa
     work = run.work / f"partition-{partition:03d}"
     arguments = {"assignment": local_assignment(run, partition), "work_dir": str(work), "ram_bytes": ram_bytes,
                  "device": device}  # fmt: skip
-    trained = call("train-expert", arguments, on_event, threads)
+    trained = call("train-expert", arguments, on_event, threads, ram_bytes)
     note_memory(run, f"expert {partition}", trained)
     shard = Path(trained["shard"])
-    verdict = call("validate", {"run_dir": str(run.root), "partition": partition, "shard": str(shard)}, on_event, threads)
+    verdict = call("validate", {"run_dir": str(run.root), "partition": partition, "shard": str(shard)}, on_event, threads,
+                   ram_bytes)  # fmt: skip
     note_memory(run, "validate", verdict)
     if not verdict["accepted"]:
         raise ShardError(f"The expert of partition {partition} was not accepted: {'; '.join(verdict['reasons'])}. Train "

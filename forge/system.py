@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from itertools import count
 import os
 from pathlib import Path
 import sys
 
 import psutil
+
+#: Control groups of ours are named after the process that made them, so that those of a killed one can be found.
+_GROUP_PREFIX = "modularforge-"
+_group_numbers = count(1)
 
 
 def peak_resident_bytes() -> int:
@@ -37,3 +43,114 @@ def resident_bytes() -> int:
 def physical_cores() -> int:
     """Physical cores, or logical ones where the system does not tell."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def tree_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    total = 0
+    for member in family:
+        with suppress(psutil.Error):
+            total += int(member.memory_info().rss)
+    return total
+
+
+class MemoryGroup:
+    """A control group (cgroup v2) with one process in it, whose memory the kernel limits.
+
+    Beyond the limit the kernel first takes back what it can read again from files, then kills the process.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @classmethod
+    def hold(cls, pid: int, limit_bytes: int, root: Path = Path("/")) -> MemoryGroup | None:
+        """Put a process that has hardly begun into a group of its own; None where this process may not."""
+        parent = memory_group_parent(root)
+        if parent is None:
+            return None
+        _remove_leftovers(parent)
+        group = cls(parent / f"{_GROUP_PREFIX}{os.getpid()}-{next(_group_numbers)}")
+        try:
+            group._directory.mkdir()
+            _write(group._directory / "memory.max", str(limit_bytes))
+            # Swap would be memory beyond the limit; a kernel without it has no such file.
+            with suppress(FileNotFoundError):
+                _write(group._directory / "memory.swap.max", "0")
+            _write(group._directory / "cgroup.procs", str(pid))
+        except OSError:
+            group.remove()
+            return None
+        return group
+
+    def killed(self) -> bool:
+        """Whether the kernel killed a process of the group because it was at its limit."""
+        events = dict(line.split() for line in _lines(self._directory / "memory.events"))
+        return int(events.get("oom_kill", 0)) > 0
+
+    def remove(self) -> None:
+        """Remove the group, once its process has ended."""
+        with suppress(OSError):
+            self._directory.rmdir()
+
+
+def memory_group_parent(root: Path = Path("/")) -> Path | None:
+    """The control group in which this process may make others with a memory limit; None where there is none.
+
+    It is the own group or the one above it: a group that holds processes cannot hand memory limits down. A service manager
+    delegates the one above to its user (`systemd-run --user --scope`, a terminal of a desktop), root may use any. An own
+    group that has a limit itself is not left.
+    """
+    mount = root / "sys/fs/cgroup"
+    path = next((line[3:] for line in _lines(root / "proc/self/cgroup") if line.startswith("0::/")), None)
+    if path is None:
+        return None
+    own = mount / path.lstrip("/")
+    limited = "".join(_lines(own / "memory.max")) not in ("", "max")
+    for directory in [own] if own == mount or limited else [own, own.parent]:
+        if _hands_down_memory(directory):
+            return directory
+    return None
+
+
+def _hands_down_memory(directory: Path) -> bool:
+    """Whether groups made in this one get a memory limit; switched on where it is off and may be on."""
+    here = [" ".join(_lines(directory / f"cgroup.{name}")).split() for name in ("controllers", "subtree_control")]
+    # Moving a process takes the right to write to the group that is above both its old and its new one: this one.
+    if "memory" not in here[0] or not all(os.access(path, os.W_OK) for path in (directory, directory / "cgroup.procs")):
+        return False
+    if "memory" not in here[1]:
+        try:
+            _write(directory / "cgroup.subtree_control", "+memory")
+        except OSError:
+            return False
+    return True
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the groups of processes that were killed; the kernel keeps those that are in use."""
+    for directory in parent.glob(f"{_GROUP_PREFIX}*-*"):
+        maker = directory.name.removeprefix(_GROUP_PREFIX).split("-")[0]
+        if maker.isdigit() and not psutil.pid_exists(int(maker)):
+            MemoryGroup(directory).remove()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write to a file that the kernel has made; one that is not there is an error, as is what the kernel refuses."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+    finally:
+        os.close(descriptor)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []

@@ -17,8 +17,9 @@ from typing import Any
 from forge.config import RunConfig, parse_config
 from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError
 from forge.files import hash_file, read_json
+from forge.jobs import enforcement
 from forge.system import peak_resident_bytes
-from forge.train.memory import LIGHT_MB, MB, format_size, plan
+from forge.train.memory import LIGHT_MB, MB, Plan, candidates, format_size, plan
 from forge.vocabulary import SHARD_FORMAT_VERSION
 from node.cache import Cache, Submission, exclusive
 from node.client import FleetClient
@@ -94,13 +95,14 @@ class Agent:
         joined = self._client.join(self._machine)
         config = self._config(joined)
         # What cannot fit is refused before anything is leased or downloaded.
-        self._predicted = plan(config, "expert", self._ram_bytes).peak_bytes
+        self._predicted = self._choose_plan(config).peak_bytes
         self._config_tree, self._run = json.loads(joined.run.config_json), joined.run
         self._cache = Cache(self._data_dir, joined.run.run_id)
         self._cache.prune()
         self._console.line(
             f"Joined the run {joined.run.name!r} as {self._name} on {self._machine.device}: an expert needs "
             f"{format_size(self._predicted)} of the {format_size(self._ram_bytes)} allowed.")  # fmt: skip
+        self._console.line(enforcement(self._ram_bytes))
         while True:
             self._settle()
             if self._once:
@@ -130,6 +132,26 @@ class Agent:
             raise ProtocolError("The coordinator understands its config differently than this node does: install the "
                                 "same version of ModularForge on both.")  # fmt: skip
         return config
+
+    def _choose_plan(self, config: RunConfig) -> Plan:
+        """The plan to begin with: the fastest within --ram and within what is to spare now, or else the smallest.
+
+        Raises:
+            MemoryBudgetError: --ram allows no plan.
+        """
+        chosen = plan(config, "expert", self._ram_bytes)
+        machine, spare = self._machine, self._machine.spare_bytes
+        if spare >= self._ram_bytes:
+            return chosen
+        smallest = min(candidate.peak_bytes for candidate in candidates(config, "expert"))
+        chosen = plan(config, "expert", max(min(spare, self._ram_bytes), smallest))
+        what = (f"training is planned within {format_size(spare)}, which leaves you {format_size(machine.reserve_bytes)}"
+                if chosen.peak_bytes <= spare else
+                f"training takes the smallest plan, which needs {format_size(chosen.peak_bytes)} and may slow this machine "
+                "down")  # fmt: skip
+        self._console.line(f"Warning: {format_size(machine.free_bytes)} of memory is free now and --ram allows "
+                           f"{format_size(self._ram_bytes)}: {what}; close something and start again for more.")  # fmt: skip
+        return chosen
 
     def _leave_once(self) -> None:
         if self._rejected and not self._accepted:

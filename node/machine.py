@@ -20,7 +20,7 @@ import psutil
 from forge.errors import ConfigError, MemoryBudgetError
 
 GIB = 1 << 30
-#: Without --ram: memory that stays free for the owner, a share of the machine's within these bounds. A browser and a
+#: Memory that stays free for the owner where that can be, a share of the machine's within these bounds. A browser and a
 #: desktop on an 8 GB machine want about 1 GB.
 RESERVE_SHARE = 1 / 8
 RESERVE_BYTES = (GIB // 2, 4 * GIB)
@@ -68,11 +68,20 @@ class MachineProfile:
         )
 
     @property
-    def default_ram_bytes(self) -> int:
-        """What a node may use when its owner names nothing: what is free, less a reserve, at most `DEFAULT_RAM_CAP`."""
+    def reserve_bytes(self) -> int:
+        """What stays free for the owner."""
         low, high = RESERVE_BYTES
-        reserve = min(max(int(self.memory_bytes * RESERVE_SHARE), low), high)
-        return min(max(0, self.free_bytes - reserve), DEFAULT_RAM_CAP)
+        return min(max(int(self.memory_bytes * RESERVE_SHARE), low), high)
+
+    @property
+    def spare_bytes(self) -> int:
+        """What is free now, less the owner's reserve."""
+        return max(0, self.free_bytes - self.reserve_bytes)
+
+    @property
+    def default_ram_bytes(self) -> int:
+        """What a node may use when its owner names nothing: what is to spare, at most `DEFAULT_RAM_CAP`."""
+        return min(self.spare_bytes, DEFAULT_RAM_CAP)
 
     def check_ram(self, ram_bytes: int) -> None:
         """Refuse a --ram that this machine does not have.

@@ -1,6 +1,7 @@
 """Training in a child process, under the owner's memory limit, while orders and Ctrl-C are obeyed.
 
-The agent never imports torch: it starts the job `train-expert`, relays its progress, and looks at its resident memory.
+The agent never imports torch: it starts the job `train-expert` and relays its progress. The job itself keeps to the limit,
+if need be by going on in another process with a smaller plan.
 """
 
 from __future__ import annotations
@@ -12,16 +13,12 @@ import queue
 import threading
 from typing import Any, Protocol
 
-import psutil
-
-from forge.errors import MemoryBudgetError
-from forge.train.memory import MB, format_size
 from node.cache import CHILD_FILE, note_child
 from node.console import Budget, Console
 from node.heartbeat import Heartbeats
 from node.messages import Order, Progress
 
-#: Seconds between two looks at the child's memory and at the coordinator's orders.
+#: Seconds between two looks at the coordinator's orders.
 LOOK_SECONDS = 0.5
 LOG_FILE = "train.log"
 
@@ -33,7 +30,7 @@ class RunningJob(Protocol):
 
     @property
     def pid(self) -> int:
-        """Process id."""
+        """Process id; another one after the job went on in a new process."""
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Progress events until it ends."""
@@ -48,7 +45,8 @@ class RunningJob(Protocol):
         """Stop it now."""
 
 
-RunJob = Callable[[dict[str, Any], int, Path], RunningJob]
+#: Starts the job from its arguments, threads, log and the resident bytes that it may have.
+RunJob = Callable[[dict[str, Any], int, Path, int], RunningJob]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +64,11 @@ class Trained:
     predicted_bytes: int = 0
 
 
-def run_train_expert(arguments: dict[str, Any], threads: int, log: Path) -> RunningJob:
+def run_train_expert(arguments: dict[str, Any], threads: int, log: Path, ram_bytes: int) -> RunningJob:
     """Start the real job."""
     from forge.jobs import Job
 
-    return Job("train-expert", arguments, threads=threads, log=log)
+    return Job("train-expert", arguments, threads=threads, log=log, ram_bytes=ram_bytes)
 
 
 class Worker:
@@ -99,20 +97,19 @@ class Worker:
             assignment: what the job `train-expert` takes.
             work_dir: where its checkpoint, shard and manifest lie.
             beats: told the progress, asked for orders.
-            predicted: peak resident memory that the plan names, in bytes.
+            predicted: peak resident memory of the plan to begin with, in bytes.
 
         Raises:
-            MemoryBudgetError: the child used more than was allowed.
+            MemoryBudgetError: the child used more than was allowed, with the smallest plan.
             ForgeError: what the child raised.
             KeyboardInterrupt: the owner pressed Ctrl-C; the child has stopped, at a checkpoint unless pressed twice.
         """
-        arguments = {"assignment": assignment, "work_dir": str(work_dir), "ram_bytes": self._ram_bytes,
+        arguments = {"assignment": assignment, "work_dir": str(work_dir), "ram_bytes": predicted,
                      "threads": self._threads, "device": self._device}  # fmt: skip
-        job = self._run_job(arguments, self._threads, work_dir / LOG_FILE)
-        note_child(work_dir, job.pid)
-        watch = _Watch(job, int(assignment["partition"]), self._ram_bytes)
+        job = self._run_job(arguments, self._threads, work_dir / LOG_FILE, self._ram_bytes)
+        watch = _Watch(job, int(assignment["partition"]), predicted)
         try:
-            interrupted = self._follow(job, watch, beats, predicted)
+            interrupted = self._follow(job, watch, beats, work_dir)
         except BaseException:
             job.kill()
             raise
@@ -122,7 +119,7 @@ class Worker:
         if interrupted:
             raise KeyboardInterrupt
         if watch.killed_for is Order.ABANDON:
-            return Trained(order=Order.ABANDON, peak_bytes=watch.peak_bytes, predicted_bytes=predicted)
+            return Trained(order=Order.ABANDON, peak_bytes=job.peak_rss, predicted_bytes=watch.predicted)
         result = job.result()
         done = bool(result.get("finished")) and bool(result.get("shard"))
         return Trained(
@@ -130,18 +127,21 @@ class Worker:
             shard=Path(result["shard"]) if done else None,
             manifest=Path(result["manifest"]) if done else None,
             sha256=str(result["sha256"]) if done else "",
-            peak_bytes=max(watch.peak_bytes, job.peak_rss, int(result.get("peak_bytes") or 0)),
-            predicted_bytes=int(result.get("predicted_bytes") or predicted))  # fmt: skip
+            peak_bytes=max(job.peak_rss, int(result.get("peak_bytes") or 0)),
+            predicted_bytes=int(result.get("predicted_bytes") or watch.predicted))  # fmt: skip
 
-    def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, predicted: int) -> bool:
+    def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, work_dir: Path) -> bool:
         """Relay events and orders until the child ends; whether the owner interrupted it."""
         interrupted = asked = False
+        noted = 0
         while not watch.ended:
             try:
+                if job.pid != noted:
+                    noted = job.pid
+                    note_child(work_dir, noted)
                 event = watch.next_event()
                 if event is not None:
-                    self._show(event, watch, beats, predicted)
-                watch.check_memory()
+                    self._show(event, watch, beats)
                 if beats.order is Order.ABANDON and watch.killed_for is None:
                     watch.killed_for = Order.ABANDON
                     job.kill()
@@ -158,30 +158,31 @@ class Worker:
                 interrupted = True
         return interrupted
 
-    def _show(self, event: dict[str, Any], watch: _Watch, beats: Heartbeats, predicted: int) -> None:
+    def _show(self, event: dict[str, Any], watch: _Watch, beats: Heartbeats) -> None:
         if event.get("message"):
             self._console.line(str(event["message"]))
+        if event.get("plan"):
+            watch.predicted = int(event["plan"]["peak_bytes"])
         if not event.get("steps"):
             return
         progress = Progress(
             activity="training", step=int(event["step"]), steps=int(event["steps"]),
             loss=float(event.get("loss") or 0.0),
             tokens_per_second=float(event.get("tokens_per_second") or 0.0),
-            resident_bytes=int(event.get("resident_bytes") or watch.resident_bytes))  # fmt: skip
+            resident_bytes=int(event.get("resident_bytes") or 0))  # fmt: skip
         beats.update(progress)
         self._console.progress(f"partition {watch.partition}", progress,
-                               Budget(predicted=predicted, allowed=self._ram_bytes))  # fmt: skip
+                               Budget(predicted=watch.predicted, allowed=self._ram_bytes))  # fmt: skip
 
 
 class _Watch:
     """Reads a child's events in a thread, so that the main thread can look at other things between them."""
 
-    def __init__(self, job: RunningJob, partition: int, ram_bytes: int) -> None:
-        self.partition = partition
+    def __init__(self, job: RunningJob, partition: int, predicted: int) -> None:
+        self.partition, self.predicted = partition, predicted
         self.killed_for: Order | None = None
         self.ended = False
-        self.resident_bytes = self.peak_bytes = 0
-        self._job, self._ram_bytes = job, ram_bytes
+        self._job = job
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._read, name="training-events", daemon=True)
         self._thread.start()
@@ -202,33 +203,6 @@ class _Watch:
         self.ended = event is None
         return event
 
-    def check_memory(self) -> None:
-        """Raise when the child has more resident memory than was allowed."""
-        self.resident_bytes = tree_bytes(self._job.pid)
-        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
-        if self.resident_bytes > self._ram_bytes:
-            enough = -(-self.resident_bytes * 9 // 8 // (64 * MB)) * 64
-            raise MemoryBudgetError(
-                f"Training partition {self.partition} used {format_size(self.resident_bytes)}, more than the "
-                f"{format_size(self._ram_bytes)} that --ram allows, and was stopped; its checkpoint is kept: run the "
-                f"same command again with --ram {enough}M.")  # fmt: skip
-
     def join(self) -> None:
         """Wait for the child's end, once it was told."""
         self._thread.join(timeout=30)
-
-
-def tree_bytes(pid: int) -> int:
-    """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
-    try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    total = 0
-    for member in family:
-        try:
-            total += int(member.memory_info().rss)
-        except psutil.Error:
-            continue
-    return total

@@ -16,7 +16,7 @@ from forge.files import hash_file, write_json
 from forge.model import names
 from forge.model.lm import DenseLM, load_dense
 from forge.train.loop import LoopSettings, Progress, train
-from forge.train.memory import plan
+from forge.train.memory import plan, report
 from forge.train.precision import autocast_dtype, resolve_device
 from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION
 
@@ -43,8 +43,9 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     """
     config = parse_config(assignment["config"])
     chosen = plan(config, "expert", ram_bytes)
-    device = resolve_device(device)
     partition = int(assignment["partition"])
+    progress(stage=f"expert {partition}", plan=report(config, chosen))
+    device = resolve_device(device)
     model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
     model.recompute = chosen.recompute
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,

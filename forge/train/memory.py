@@ -118,6 +118,12 @@ def candidates(config: RunConfig, stage: Stage) -> Iterator[Plan]:
     yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS)
 
 
+def report(config: RunConfig, plan: Plan) -> dict[str, int | bool]:
+    """What a training process tells its parent of its plan: `peak_bytes`, and whether there is a `smaller` one."""
+    options = candidates(config, plan.stage)  # type: ignore[arg-type]
+    return {"peak_bytes": plan.peak_bytes, "smaller": any(option.peak_bytes < plan.peak_bytes for option in options)}
+
+
 def parse_size(text: str) -> int:
     """Bytes from `8G`, `512M`, `1.5GiB` or a plain number; units are powers of 1024.
 

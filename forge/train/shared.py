@@ -16,7 +16,7 @@ from forge.files import RunDirectory, write_bytes
 from forge.model import names
 from forge.model.lm import DenseLM
 from forge.train.loop import LoopSettings, Progress, train
-from forge.train.memory import plan
+from forge.train.memory import plan, report
 from forge.train.precision import autocast_dtype, resolve_device
 from forge.vocabulary import END_OF_TEXT_ID
 
@@ -35,6 +35,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
     """
     config = run.config
     chosen = plan(config, "shared", ram_bytes)
+    progress(stage="shared", plan=report(config, chosen))
     device = resolve_device(device)
     model = DenseLM(config.model)
     model.initialise(torch.Generator().manual_seed(config.seed))

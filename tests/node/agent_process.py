@@ -15,4 +15,4 @@ if __name__ == "__main__":
     address, data_dir, *rest = sys.argv[1:]
     hold_at = int(rest[0]) if rest else None
     sys.exit(run_node(address, "2G", 1, "cpu", Path(data_dir), "tester", True,
-                      run_job=lambda arguments, threads, log: CountingJob(arguments, hold_at=hold_at)))  # fmt: skip
+                      run_job=lambda arguments, threads, log, ram_bytes: CountingJob(arguments, hold_at=hold_at)))  # fmt: skip

@@ -230,7 +230,7 @@ class CountingJob:
 
     def __init__(self, arguments: dict[str, Any], steps: int = 5, hold_at: int | None = None) -> None:
         CountingJob.made += 1
-        self.work_dir = Path(arguments["work_dir"])
+        self.work_dir, self.ram_bytes = Path(arguments["work_dir"]), arguments["ram_bytes"]
         self.pid, self.peak_rss = os.getpid(), 1
         self.steps, self.hold_at = steps, hold_at
         self.killed, self.told = False, threading.Event()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 import io
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import grpc
 import pytest
 
 from forge.errors import MemoryBudgetError, ProtocolError, ShardError, StorageError, TrainingError
+from forge.train.memory import candidates, format_size, plan
 from node.agent import Agent
 from node.cache import exclusive
 from node.client import FleetClient
@@ -33,7 +35,7 @@ class Node:
         printed = io.StringIO()
         console = Console(printed)
 
-        def run_job(arguments: dict[str, Any], threads: int, log: Path) -> CountingJob:
+        def run_job(arguments: dict[str, Any], threads: int, log: Path, ram_bytes: int) -> CountingJob:
             self.jobs.append(job(arguments, hold_at=hold_at))
             return self.jobs[-1]
 
@@ -175,6 +177,23 @@ def test_what_cannot_fit_is_refused_before_a_lease(node: Node, coordinator: Fake
     with pytest.raises(MemoryBudgetError, match="--ram"):
         node.run(coordinator.address, ram_bytes=64 << 20)
     assert coordinator.calls == ["Join"]
+
+
+@pytest.mark.parametrize(("free", "budget", "words"), [
+    (16 << 30, 8 << 30, None),
+    (3 << 30, 8 << 30, "3.0G of memory is free now and --ram allows 8.0G: training is planned within 2.0G"),
+    ((1 << 30) + 1, 0, "1.0G of memory is free now and --ram allows 8.0G: training takes the smallest plan"),
+])  # fmt: skip
+def test_memory_that_is_in_use_is_said_before_it_starts(
+        node: Node, coordinator: FakeCoordinator, free: int, budget: int, words: str | None) -> None:  # fmt: skip
+    node.machine = replace(node.machine, free_bytes=free)  # A machine of 8 GB.
+    code, printed = node.run(coordinator.address, ram_bytes=8 << 30)
+    assert code == 0 and "Work in child processes is held to 8.0G by" in printed
+    assert printed.count("Warning: ") == (words is not None) and (words or "") in printed
+    smallest = min(candidate.peak_bytes for candidate in candidates(CONFIG, "expert"))
+    predicted = plan(CONFIG, "expert", max(budget, smallest)).peak_bytes
+    assert f"needs {format_size(predicted)} of the 8.0G allowed" in printed
+    assert node.jobs[0].ram_bytes == predicted
 
 
 def test_a_failed_training_gives_the_lease_back(node: Node, coordinator: FakeCoordinator) -> None:

@@ -64,5 +64,6 @@ def test_default_ram(machine: MachineProfile) -> None:
     assert eight.default_ram_bytes == 4 * GIB
     assert replace(eight, memory_bytes=64 * GIB, free_bytes=60 * GIB).default_ram_bytes == 8 * GIB
     assert replace(eight, free_bytes=GIB // 2).default_ram_bytes == 0
+    assert (eight.reserve_bytes, eight.spare_bytes) == (GIB, 4 * GIB)
     with pytest.raises(MemoryBudgetError, match="at most --ram 8192M"):
         eight.check_ram(9 * GIB)

@@ -1,65 +1,68 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import io
-from itertools import chain
 from pathlib import Path
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
 from forge.errors import MemoryBudgetError
+from forge.system import tree_bytes
+from forge.train.memory import candidates
+from node.agent import Agent
 from node.client import FleetClient
 from node.console import Console
 from node.heartbeat import Heartbeats
-from node.worker import Worker, tree_bytes
+from node.identity import Identity
+from node.machine import MachineProfile
+from node.worker import RunningJob, Worker, run_train_expert
+from tests import expert_work
 
-
-class HungryJob:
-    """A real child process that holds 200 MB."""
-
-    def __init__(self, arguments: dict[str, Any], threads: int, log: Path) -> None:
-        self.peak_rss = 0
-        code = "held = b'x' * 200_000_000; print('held', flush=True); input()"
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        # Before anybody looks: a look while the pages are still being filled would see a part of them.
-        self._held = self._process.stdout.readline()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        assert self._process.stdout is not None and self._process.stdin is not None
-        for _ in chain([self._held], self._process.stdout):
-            yield {"event": "progress", "stage": "expert", "step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 1.0,
-                   "resident_bytes": 1, "message": None}  # fmt: skip
-        self._process.wait()
-        self._process.stdout.close()
-        self._process.stdin.close()
-
-    def result(self) -> dict[str, Any]:
-        raise AssertionError("a stopped job has no result")
-
-    def finish(self) -> None: ...
-
-    def kill(self) -> None:
-        self._process.kill()
+from . import fakes
+from .fakes import FakeCoordinator
 
 
 def test_a_child_above_its_limit_is_stopped(tmp_path: Path, connect: Callable[..., FleetClient]) -> None:
-    jobs: list[HungryJob] = []
+    jobs: list[RunningJob] = []
 
-    def run_job(arguments: dict[str, Any], threads: int, log: Path) -> HungryJob:
-        jobs.append(HungryJob(arguments, threads, log))
+    def run_job(*arguments: object) -> RunningJob:
+        jobs.append(run_train_expert(*arguments))  # type: ignore[arg-type]
         return jobs[-1]
 
+    assignment = expert_work.assignment(tmp_path / "files")
+    work = tmp_path / "work"
+    work.mkdir()
+    *_, smallest = candidates(expert_work.CONFIG, "expert")
     worker = Worker(Console(io.StringIO()), ram_bytes=100 << 20, threads=1, device="cpu", run_job=run_job)
     beats = Heartbeats(connect("127.0.0.1:1"), "lease", 60, lambda _: None)  # not started: no pulse is needed
-    with pytest.raises(MemoryBudgetError, match=r"partition 4 used [12]\d\dM, more than the 100M .* --ram 256M"):
-        worker.train({"partition": 4}, tmp_path, beats, 90 << 20)
+    with pytest.raises(MemoryBudgetError, match=r"partition 1 used 1\d\dM, more than the 100M .* --ram \d+M"):
+        worker.train(assignment, work, beats, smallest.peak_bytes)
     assert tree_bytes(jobs[0].pid) == 0
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in work.iterdir()} == {"train.log"}
+
+
+def test_a_node_whose_training_outgrows_its_limit_goes_on_smaller_under_the_same_lease(
+        tmp_path: Path, connect: Callable[..., FleetClient], machine: MachineProfile, coordinator: FakeCoordinator,
+        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A real agent, a real training process; only the limit is lower than the prediction says."""
+    monkeypatch.setattr(fakes, "CONFIG", expert_work.CONFIG)
+    files = expert_work.write_files(tmp_path / "files")
+    coordinator.shared, coordinator.ffn, coordinator.tokens[0] = (
+        coordinator._add(files[name].read_bytes()) for name in ("shared", "shared_ffn", "train_tokens"))  # fmt: skip
+    largest, second, *_ = candidates(expert_work.CONFIG, "expert")
+    limit = (largest.peak_bytes + second.peak_bytes) // 2
+
+    def run_job(arguments: dict[str, object], threads: int, log: Path, ram_bytes: int) -> RunningJob:
+        assert arguments["ram_bytes"] == largest.peak_bytes and ram_bytes == 2 << 30
+        return run_train_expert(arguments, threads, log, limit)
+
+    printed = io.StringIO()
+    console, identity = Console(printed), Identity.open(tmp_path / "node")
+    agent = Agent(
+        client=connect(coordinator.address, identity), identity=identity, machine=machine, console=console,
+        worker=Worker(console, ram_bytes=2 << 30, threads=1, device="cpu", run_job=run_job),
+        data_dir=tmp_path / "node", name="tester", ram_bytes=2 << 30, sleep=lambda _: None)  # fmt: skip
+    assert agent.run() == 0
+    assert "it goes on from its checkpoint with a smaller plan" in printed.getvalue()
+    assert list(coordinator.lease_holder) == ["lease-0"] and coordinator.released == []
+    assert coordinator.state == ["accepted"] and coordinator.manifests[0]["tokens_seen"] == 16384
