@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 import re
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.config import RunConfig, load_config
 from forge.errors import ConfigError, StorageError, report_errors
 from forge.vocabulary import INDEX_FILE, REPOSITORY
+
+if TYPE_CHECKING:
+    from forge.config import RunConfig
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +44,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @report_errors()
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved config, its parameters, the memory of each stage and its fingerprint."""
+    from forge.config import load_config
     from forge.train.memory import STAGES, candidates, format_size
 
     resolved = load_config(config, overrides)
@@ -67,6 +70,7 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
 @report_errors()
 def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
     """Print the memory of every process within --ram, how training will run, and what more memory would gain."""
+    from forge.config import load_config
     from forge.train.memory import parse_size
 
     resolved = load_config(config, overrides)
@@ -294,6 +298,7 @@ def print_evaluation(root: Path) -> None:
 
 def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
              ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
+    from forge.config import load_config
     from forge.jobs import enforcement
     from forge.pipeline import check_budget
     from forge.train.memory import parse_size
