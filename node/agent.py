@@ -172,6 +172,8 @@ class Agent:
                 if (work_dir / "checkpoint.safetensors").is_file():
                     self._console.line(f"Going on with {title} from its checkpoint.")
                 trained = self._worker.train(arguments, work_dir, beats, self._predicted)
+                # A plan that outgrew its memory once is not tried again with the next lease.
+                self._predicted = min(self._predicted, trained.predicted_bytes)
                 self._say_peak(f"trainer of {title}", trained.peak_bytes, trained.predicted_bytes, self._ram_bytes)
                 if trained.order is Order.ABANDON:
                     raise LeaseLostError(beats.reason)

@@ -47,13 +47,16 @@ def test_a_node_whose_training_outgrows_its_limit_goes_on_smaller_under_the_same
     """A real agent, a real training process; only the limit is lower than the prediction says."""
     monkeypatch.setattr(fakes, "CONFIG", expert_work.CONFIG)
     files = expert_work.write_files(tmp_path / "files")
-    coordinator.shared, coordinator.ffn, coordinator.tokens[0] = (
+    coordinator.shared, coordinator.ffn, tokens = (
         coordinator._add(files[name].read_bytes()) for name in ("shared", "shared_ffn", "train_tokens"))  # fmt: skip
+    coordinator.tokens, coordinator.state = [tokens] * 2, ["open"] * 2
     largest, second, *_ = candidates(expert_work.CONFIG, "expert")
     limit = (largest.peak_bytes + second.peak_bytes) // 2
+    planned: list[object] = []
 
     def run_job(arguments: dict[str, object], threads: int, log: Path, ram_bytes: int) -> RunningJob:
-        assert arguments["ram_bytes"] == largest.peak_bytes and ram_bytes == 2 << 30
+        planned.append(arguments["ram_bytes"])
+        assert ram_bytes == 2 << 30
         return run_train_expert(arguments, threads, log, limit)
 
     printed = io.StringIO()
@@ -63,6 +66,8 @@ def test_a_node_whose_training_outgrows_its_limit_goes_on_smaller_under_the_same
         worker=Worker(console, ram_bytes=2 << 30, threads=1, device="cpu", run_job=run_job),
         data_dir=tmp_path / "node", name="tester", ram_bytes=2 << 30, sleep=lambda _: None)  # fmt: skip
     assert agent.run() == 0
-    assert "it goes on from its checkpoint with a smaller plan" in printed.getvalue()
-    assert list(coordinator.lease_holder) == ["lease-0"] and coordinator.released == []
-    assert coordinator.state == ["accepted"] and coordinator.manifests[0]["tokens_seen"] == 16384
+    assert printed.getvalue().count("it goes on from its checkpoint with a smaller plan") == 1
+    assert planned == [largest.peak_bytes, second.peak_bytes], "the next lease begins with the plan that held"
+    assert list(coordinator.lease_holder) == ["lease-0", "lease-1"] and coordinator.released == []
+    assert coordinator.state == ["accepted"] * 2
+    assert [manifest["tokens_seen"] for manifest in coordinator.manifests] == [4 * 4 * 1024] * 2
