@@ -3,13 +3,18 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-quality format clean
+.PHONY: demo test test-llama check bench bench-quality format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
+test-llama: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/publish/test_llama.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -211,6 +211,23 @@ def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, 
 
 @main.command()
 @click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("--gguf", "target", required=True, metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+              help="GGUF file to write, for llama.cpp.")  # fmt: skip
+@click.option("--type", "kind", default="f16", show_default=True, type=click.Choice(["f32", "f16", "q8_0"]),
+              help="Type of the weights.")  # fmt: skip
+@report_errors()
+def export(model_dir: Path, target: Path, kind: Any) -> None:
+    """Write an assembled model as one GGUF file, with an Ollama Modelfile beside it."""
+    _check_model_dir(model_dir)
+    from forge.publish.gguf import export_gguf
+    from forge.train.memory import format_size
+
+    size = export_gguf(model_dir, target, kind)
+    click.echo(f"{target} ({format_size(size)}) and {target.with_name('Modelfile')} beside it")
+
+
+@main.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="USER/REPO")
 @click.option("--private", is_flag=True, help="Create the repository private.")
 @report_errors()

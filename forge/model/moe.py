@@ -146,7 +146,7 @@ class MixtureLM(nn.Module):
             model = cls(config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         by_file: dict[Path, dict[str, names.Shape]] = defaultdict(dict)
-        for name, path in _tensor_files(directory, shapes).items():
+        for name, path in tensor_files(directory, shapes).items():
             by_file[path][name] = shapes[name]
         state: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
@@ -246,7 +246,12 @@ def _model_config(raw: dict[str, Any], rope: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _tensor_files(directory: Path, wanted: dict[str, names.Shape]) -> dict[str, Path]:
+def tensor_files(directory: Path, wanted: dict[str, names.Shape]) -> dict[str, Path]:
+    """The file of each wanted tensor of a model directory.
+
+    Raises:
+        StorageError: the directory lacks an index that names them all, or the one file.
+    """
     index = directory / INDEX_FILE
     single = directory / SINGLE_FILE
     if not index.is_file():

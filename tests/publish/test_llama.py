@@ -1,0 +1,77 @@
+"""llama.cpp as the oracle of our GGUF files: the same logits, the same greedy text, the same perplexity.
+
+Its Python binding compiles for ten minutes, so it is in no extra: `make test-llama` installs it and runs this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from forge.config import ModelConfig
+from forge.data.tokenizer import load_tokenizer, train_tokenizer
+from forge.evaluate.generate import generate_ids
+from forge.model.moe import MixtureLM
+from forge.publish.gguf import export_gguf
+from tests.model.conftest import write_mixture
+
+llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make test-llama` does it")
+
+CONFIG = ModelConfig(vocab_size=300, d_model=64, d_ff=192, n_layers=2, n_heads=4, n_experts=3, top_k=2, max_seq_len=256)
+TEXT = "the quick brown fox jumps over the lazy dog and then some more words follow it across the field " * 40
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    directory = write_mixture(tmp_path / "model", CONFIG)
+    train_tokenizer([TEXT, TEXT.upper()], 300).save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def logits(path: Path, tokens: list[int]) -> Any:
+    llama = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+    llama.eval(tokens)
+    return np.asarray(llama.scores[: len(tokens)])
+
+
+@torch.inference_mode()
+def ours(directory: Path, tokens: list[int]) -> Any:
+    model = MixtureLM.load(directory)
+    return (model(torch.tensor([tokens]))[0] @ model.head_weight.T).numpy()
+
+
+def perplexity(logits_TV: Any, tokens: list[int]) -> float:
+    shifted = logits_TV[:-1] - logits_TV[:-1].max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return float(np.exp(-log_p[np.arange(len(tokens) - 1), tokens[1:]].mean()))
+
+
+def test_the_same_logits_and_the_same_greedy_text(model_dir: Path, tmp_path: Path) -> None:
+    export_gguf(model_dir, tmp_path / "m.gguf", "f32")
+    tokens = load_tokenizer(model_dir / "tokenizer.json").encode(TEXT[:200]).ids[:32]
+    expected = ours(model_dir, tokens)
+    assert expected.std() > 0.5
+    assert np.abs(logits(tmp_path / "m.gguf", tokens) - expected).max() < 1e-2
+    written = list(tokens)
+    for _ in range(32):
+        written.append(int(logits(tmp_path / "m.gguf", written)[-1].argmax()))
+    assert written[32:] == generate_ids(MixtureLM.load(model_dir), tokens, 32, temperature=0.0)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.005), ("q8_0", 0.05)])
+def test_the_perplexity_is_ours(model_dir: Path, tmp_path: Path, kind: Any, tolerance: float) -> None:
+    export_gguf(model_dir, tmp_path / "m.gguf", kind)
+    tokens = load_tokenizer(model_dir / "tokenizer.json").encode(TEXT).ids[:200]
+    found, expected = perplexity(logits(tmp_path / "m.gguf", tokens), tokens), perplexity(ours(model_dir, tokens), tokens)
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_tokenizer_is_ours(model_dir: Path, tmp_path: Path) -> None:
+    export_gguf(model_dir, tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in (TEXT[:90], "Ünïcode, 日本語 and 12345  spaces\n\ttabs", "it's we'll"):
+        assert llama.tokenize(text.encode(), add_bos=False) == load_tokenizer(model_dir / "tokenizer.json").encode(text).ids
