@@ -107,8 +107,8 @@ class Point:
             path.parent.mkdir(parents=True, exist_ok=True)
             features = None
             if self.partition == "clustered":
-                features, _ = document_features(self.base, setting.corpus, setting.scale.seq_len,
-                                                path.with_suffix(".f32"), lambda **_: None)  # fmt: skip
+                features = document_features(self.base, setting.corpus, setting.scale.seq_len, path.with_suffix(".f32"),
+                                             lambda **_: None)  # fmt: skip
             tokenizer = load_tokenizer(setting.data / "tokenizer.json")
             np.save(path, assign(
                 self.partition, setting.experts, split=setting.split, tokens_per_document=setting.corpus.lengths,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from forge.data.features import document_features
+from forge.data.features import document_difficulties, document_features
 from forge.data.partition import assign, split_by_partition
 from forge.data.tokenizer import load_tokenizer
 from forge.data.tokens import TokenFile
@@ -28,9 +28,10 @@ def partition_corpus(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     split = np.load(run.data / "split.npy")
     method = config.partition.method
     features = difficulty = None
-    if method in ("clustered", "curriculum"):
-        features, difficulty = document_features(load_shared(run), corpus, config.model.max_seq_len,
-                                                 run.work / "features.f32", progress)  # fmt: skip
+    if method == "clustered":
+        features = document_features(load_shared(run), corpus, config.model.max_seq_len, run.work / "features.f32", progress)
+    elif method == "curriculum":
+        difficulty = document_difficulties(load_shared(run), corpus, config.model.max_seq_len, progress)
     tokenizer = load_tokenizer(run.data / "tokenizer.json")
     assignment = assign(method, config.model.n_experts, split=split, features=features,
                         tokens_per_document=np.diff(corpus.offsets),
