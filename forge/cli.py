@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge.errors import ConfigError, StorageError, report_errors
-from forge.vocabulary import INDEX_FILE, REPOSITORY
+from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
     from forge.config import RunConfig
@@ -176,7 +176,7 @@ def evaluate(target: Path, data: str | None, as_json: bool) -> None:
         return
     from forge.config import DataConfig
     from forge.data.sources import documents
-    from forge.evaluate.report import evaluate_text
+    from forge.evaluate.text import evaluate_text
 
     _check_model_dir(target)
     result = evaluate_text(target, (text for text, _ in documents(DataConfig(source=data))))
@@ -237,7 +237,7 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
     from forge.publish.card import model_card, run_facts
     from forge.publish.hub import push_model
 
-    _check_model_dir(model_dir)
+    _check_model_dir(model_dir, INDEX_FILE)
     if not re.fullmatch(REPOSITORY, repo):
         raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
     facts: dict[str, Any] = {"name": model_dir.resolve().name, "repo": repo}
@@ -292,17 +292,11 @@ def progress_line(event: dict[str, Any]) -> str:
 
 
 def print_evaluation(root: Path) -> None:
-    """The perplexity table of a run: shared components alone, after each accepted shard, final."""
-    report = json.loads((root / "reports" / "evaluation.json").read_text())
-    first = report["rows"][0]
-    click.echo(f"\n{'perplexity':28}{'mean':>9}{'pooled':>9}{'bits/byte':>11}")
-    if first.get("shared_mean_perplexity"):
-        click.echo(f"{'shared components alone':28}{first['shared_mean_perplexity']:9.2f}")
-    for row in report["rows"]:
-        name = f"{row['experts']} expert{'' if row['experts'] == 1 else 's'}" + (" (final)" if row.get("final") else "")
-        click.echo(f"{name:28}{row['mean_perplexity']:9.2f}{row['pooled_perplexity']:9.2f}{row['pooled_bits_per_byte']:11.4f}")
-    for sample in report["rows"][-1].get("samples") or []:
-        click.echo(f"\nsample, partition {sample['partition']}: {sample['prompt']!r}\n  -> {sample['text']!r}")
+    """What `reports/` tells of a run: perplexities and their meaning, samples, and the memory of every process."""
+    from forge.evaluate.table import evaluation_lines
+
+    for line in evaluation_lines(json.loads((root / "reports" / "evaluation.json").read_text())):
+        click.echo(line)
     memory = root / "reports" / "memory.json"
     if memory.is_file():
         from forge.train.memory import format_size
@@ -328,11 +322,12 @@ def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
     return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
 
 
-def _check_model_dir(path: Path) -> None:
-    """Refuse a directory without a model before anything heavy is imported."""
-    if not (path / INDEX_FILE).is_file():
+def _check_model_dir(path: Path, *files: str) -> None:
+    """Refuse a directory without a model, in one of the files, before anything heavy is imported."""
+    files = files or (INDEX_FILE, SINGLE_FILE)
+    if not any((path / name).is_file() for name in files):
         hint = str(path / "model") if (path / "model" / INDEX_FILE).is_file() else "the `model` directory of a run"
-        raise StorageError(f"{path} is not a model directory: it has no {INDEX_FILE}; give {hint}.")
+        raise StorageError(f"{path} is not a model directory: it has no {' and no '.join(files)}; give {hint}.")
 
 
 def _all_memory() -> int:

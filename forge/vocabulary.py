@@ -26,12 +26,21 @@ END_OF_TEXT_ID: Final = 0
 #: What a repository of the Hub is called: USER/REPO.
 REPOSITORY: Final = r"[\w.-]+/[\w.-]+"
 
+#: A whole checkpoint in one file, as transformers writes small ones.
+SINGLE_FILE: Final = "model.safetensors"
 #: Files of the assembled model.
 SHARED_FILE: Final = "shared.safetensors"
 ROUTER_FILE: Final = "router.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 #: What is in the model directory and who made it; written last.
 MANIFEST_FILE: Final = "modularforge.json"
+
+#: Rows of an evaluation (`forge/evaluate/rivals.py` says what they are).
+SHARED: Final = "shared components alone"
+ALONE: Final = "expert {} alone"
+UNIFORM: Final = "uniform gate"
+OURS: Final = "ours"
+ORACLE: Final = "oracle"
 
 #: Keys of a shard's safetensors metadata.
 SHARD_KEYS: Final = (

@@ -1,11 +1,11 @@
-"""Losses on held-out documents: nats a token, perplexity, bits a byte; pooled, a partition, an expert on a partition.
+"""Losses on held-out documents: nats a token, perplexity, bits a byte; pooled, a partition.
 
 Shape suffixes: B batch, T tokens, N tokens of all sequences (B * T), D d_model, V vocab_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -76,6 +76,30 @@ def equal_weight_mean(losses: Iterable[Loss]) -> float:
     return math.fsum(means) / len(means) if means else math.nan
 
 
+def figures(losses: Sequence[Loss]) -> dict[str, Any]:
+    """The losses of all partitions in JSON values.
+
+    Returns:
+        `losses` (nats a token, one a partition); `mean_loss` and `mean_perplexity` (equal weight of the partitions; the
+        perplexity is exp of the mean loss); `pooled_loss`, `pooled_perplexity` and `pooled_bits_per_byte` (equal weight
+        of the tokens). What JSON cannot say is null.
+    """
+    mean, together = equal_weight_mean(losses), pooled(losses)
+    return {
+        "losses": [finite(loss.nats_per_token) for loss in losses],
+        "mean_loss": finite(mean),
+        "mean_perplexity": finite(perplexity(mean)),
+        "pooled_loss": finite(together.nats_per_token),
+        "pooled_perplexity": finite(together.perplexity),
+        "pooled_bits_per_byte": finite(together.bits_per_byte),
+    }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
 def document_losses(
     model: LanguageModel, windows: Iterable[npt.NDArray[Any]], *, gate: GateMode = "router",
     only_expert: int | None = None, batch_tokens: int = BATCH_TOKENS,
@@ -121,20 +145,3 @@ def measure(
         size = 0 if token_bytes_V is None else int(sum(token_bytes_V[window[1:]].sum() for window in batch))
         total += Loss(float(mean) * tokens, tokens, size)
     return total
-
-
-def expert_matrix(
-    model: MixtureLM, windows: Callable[[int], Iterable[npt.NDArray[Any]]], partitions: int
-) -> list[list[float | None]]:
-    """Nats a token of every expert alone (row) on every partition (column); None where a partition has no tokens.
-
-    Args:
-        model: the assembled model.
-        windows: the held-out windows of a partition, from the start at each call.
-        partitions: how many there are.
-    """
-    rows = []
-    for expert in range(model.config.n_experts):
-        losses = [measure(model, windows(partition), only_expert=expert) for partition in range(partitions)]
-        rows.append([loss.nats_per_token if loss.tokens else None for loss in losses])
-    return rows

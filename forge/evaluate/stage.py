@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from forge.checkpoint.assembly import arrived
+from forge.data.tokenizer import load_tokenizer
+from forge.evaluate.heldout import HeldOut, Measured
+from forge.evaluate.perplexity import Loss
 from forge.evaluate.plots import loss_curves, perplexity_plot, router_heat_map
 from forge.evaluate.report import evaluate_model
-from forge.evaluate.validation import load_shared, partition_loss
+from forge.evaluate.validation import load_shared
 from forge.files import RunDirectory, read_json, write_json
 from forge.train.loop import Progress
 from forge.vocabulary import END_OF_TEXT_ID
@@ -25,6 +30,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     assert published is not None, "the publish stage comes before"
     experts = sorted(arrived(run.model))
     tests = [run.blobs.path(file["test"]["sha256"]) for file in published["partitions"]]
+    tokenizer = run.data / "tokenizer.json"
     calibration = None
     if final and config.assembly.calibrate_norms:
         from forge.checkpoint.calibrate import calibrate
@@ -32,26 +38,30 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
         validation = [run.blobs.path(file["validation"]["sha256"]) for file in published["partitions"]]
         calibration = calibrate(run.model, validation, END_OF_TEXT_ID, config.model.max_seq_len, config.evaluation.tokens)
     report = _report(run)
-    if report["shared_losses"] is None:
-        report["shared_losses"] = _shared_losses(run, published)
-    row = evaluate_model(run.model, tests, run.data / "tokenizer.json", config.evaluation, final=final,
-                         shared_losses=report["shared_losses"], experts=len(experts), progress=progress)  # fmt: skip
-    row |= {"arrived": experts, "calibration": calibration}
+    # `evaluation` may change between two commands on one run; what was measured on other windows is no rival.
+    if (report["shared"] or {}).get("evaluation_tokens") != config.evaluation.tokens:
+        report["shared"] = {"evaluation_tokens": config.evaluation.tokens, **_measure_shared(run, tests, tokenizer)}
+    shared = Measured(*([Loss(**loss) for loss in report["shared"][which]] for which in Measured._fields))
+    row = evaluate_model(run.model, tests, tokenizer, config.evaluation, final=final, shared=shared, arrived=experts,
+                         progress=progress)  # fmt: skip
+    row["calibration"] = calibration
     report["rows"] = [old for old in report["rows"] if old["arrived"] != experts] + [row]
     write_json(run.reports / "evaluation.json", report)
     _draw(run, report["rows"])
     return row
 
 
-def _shared_losses(run: RunDirectory, published: dict[str, Any]) -> list[float | None]:
+def _measure_shared(run: RunDirectory, tests: list[Path], tokenizer: Path) -> dict[str, Any]:
     """A function of its own so that the dense model is gone before the assembled one is loaded."""
-    shared = load_shared(run)
-    return [partition_loss(run, shared, file["test"]["sha256"]) for file in published["partitions"]]
+    held_out = HeldOut.of(tests, run.config.model, run.config.evaluation)
+    measured = held_out.measure(load_shared(run), load_tokenizer(tokenizer))
+    return {which: [asdict(loss) for loss in losses] for which, losses in measured._asdict().items()}
 
 
 def _report(run: RunDirectory) -> dict[str, Any]:
+    """The report so far: the rows, and the shared components' losses, which are measured once."""
     path = run.reports / "evaluation.json"
-    return dict(read_json(path)) if path.is_file() else {"shared_losses": None, "rows": []}
+    return {"shared": None, "rows": [], **(read_json(path) if path.is_file() else {})}
 
 
 def _draw(run: RunDirectory, rows: list[dict[str, Any]]) -> None:

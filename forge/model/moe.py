@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 import torch
 from torch import Tensor, nn
 
@@ -20,14 +20,24 @@ from forge.model import names
 from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
 from forge.model.layers import FeedForward, Linear, RMSNorm
 from forge.model.lm import Embedding, read_tensors
-from forge.vocabulary import INDEX_FILE
+from forge.vocabulary import INDEX_FILE, SINGLE_FILE
 
-#: The whole model in one file, as transformers writes small ones.
-SINGLE_FILE = "model.safetensors"
 #: Keys of config.json that would change the computation, with the only value that is computed here.
 FIXED_KEYS: dict[str, Any] = {"hidden_act": "silu", "sliding_window": None}
 
 GateMode = Literal["router", "uniform"]
+
+
+class OddWidth(ModelConfig):
+    """A checkpoint that was not made here, whose experts have a width that no `d_ff` gives."""
+
+    odd_width: int = Field(ge=1)
+    """The SwiGLU width."""
+
+    @property
+    def ffn_width(self) -> int:
+        """SwiGLU width."""
+        return self.odd_width
 
 
 class Routing(NamedTuple):
@@ -225,12 +235,12 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 def _model_config(raw: dict[str, Any], rope: dict[str, Any]) -> ModelConfig:
     width, heads = raw["intermediate_size"], raw["num_attention_heads"]
-    if width % 128:
-        raise ValueError(f"intermediate_size ({width}) must be a multiple of 128")
-    return ModelConfig(
+    odd = {"odd_width": width} if width % 128 else {}
+    return (OddWidth if odd else ModelConfig)(
+        **odd,
         vocab_size=raw["vocab_size"],
         d_model=raw["hidden_size"],
-        d_ff=width * 3 // 2,  # the inverse of ModelConfig.ffn_width
+        d_ff=max(8, width * 3 // 2),  # the inverse of ModelConfig.ffn_width
         n_layers=raw["num_hidden_layers"],
         n_heads=heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,

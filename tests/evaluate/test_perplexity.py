@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forge.evaluate.perplexity import Loss, document_losses, equal_weight_mean, expert_matrix, measure, pooled
+from forge.evaluate.perplexity import Loss, document_losses, equal_weight_mean, figures, measure, pooled
 from forge.model.lm import load_dense
 from forge.model.moe import MixtureLM, Routing
 from forge.vocabulary import SHARED_FILE
@@ -82,14 +82,6 @@ def test_padding_is_marked_for_the_observer(directory: Path) -> None:
     assert seen == [(20, 14)]
 
 
-def test_every_expert_meets_every_partition(directory: Path) -> None:
-    model = MixtureLM.load(directory)
-    parts = [windows(3, seed=1), [], windows(3, seed=2)]
-    matrix = expert_matrix(model, lambda partition: parts[partition], 3)
-    assert len(matrix) == TINY.n_experts and all(row[1] is None for row in matrix)
-    assert matrix[2][0] == pytest.approx(measure(model, parts[0], only_expert=2).nats_per_token)
-
-
 def test_units_and_means() -> None:
     loss = Loss(nats=20 * math.log(2), tokens=10, bytes=40)
     assert loss.nats_per_token == pytest.approx(2 * math.log(2))
@@ -100,3 +92,12 @@ def test_units_and_means() -> None:
     assert equal_weight_mean([loss, other, Loss()]) == pytest.approx((loss.nats_per_token + 10) / 2)
     assert math.isnan(Loss().perplexity) and math.isnan(Loss().bits_per_byte) and math.isnan(equal_weight_mean([]))
     assert Loss(1e6, 1).perplexity == math.inf
+
+
+def test_figures_are_json_and_weigh_partitions_alike() -> None:
+    row = figures([Loss(10.0, 5, 20), Loss(30.0, 10, 40), Loss()])
+    assert row["losses"] == [2.0, 3.0, None]
+    assert row["mean_loss"] == pytest.approx(2.5) and row["mean_perplexity"] == pytest.approx(math.exp(2.5))
+    assert row["pooled_loss"] == pytest.approx(40 / 15)
+    assert row["pooled_bits_per_byte"] == pytest.approx(40 / math.log(2) / 60)
+    assert figures([Loss(1e6, 1)])["mean_perplexity"] is None and figures([])["mean_loss"] is None

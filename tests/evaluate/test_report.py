@@ -1,24 +1,23 @@
-"""The evaluation of a whole model directory, and of texts of the user's, with a real tokenizer and token files."""
+"""The evaluation of a whole model directory with a real tokenizer and token files."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-import shutil
 from typing import Any
 
 import pytest
-import torch
-from torch.nn import functional as F
 
 from forge.config import EvaluationConfig
-from forge.data.tokenizer import load_tokenizer
+from forge.data.tokenizer import load_tokenizer, token_bytes
 from forge.data.tokens import TokenWriter
-from forge.errors import DataError, StorageError
-from forge.evaluate.perplexity import Loss
-from forge.evaluate.report import evaluate_model, evaluate_text, summary
+from forge.errors import DataError
+from forge.evaluate.heldout import COMPARED_MIN_TOKENS, HeldOut, Measured
+from forge.evaluate.perplexity import Loss, figures, measure
+from forge.evaluate.report import evaluate_model
 from forge.model.moe import MixtureLM
+from forge.vocabulary import ALONE, ORACLE, OURS, SHARED, UNIFORM
 from tests.evaluate.test_generate import byte_tokenizer
 from tests.model.conftest import TINY, write_mixture
 
@@ -45,27 +44,34 @@ def token_files(directory: Path) -> list[Path]:
 
 
 def run(directory: Path, files: list[Path], **options: Any) -> dict[str, Any]:
-    options = {"final": False, "shared_losses": [6.0, 5.0, None], **options}
-    return evaluate_model(directory, files, directory / "tokenizer.json", CONFIG, **options)
+    return evaluate_model(directory, files, directory / "tokenizer.json", CONFIG, **{"final": False, **options})
+
+
+def held_out(files: list[Path], config: EvaluationConfig = CONFIG) -> HeldOut:
+    return HeldOut.of(files, TINY.model_copy(update={"n_experts": 3}), config)
 
 
 def test_a_row_says_what_was_measured(directory: Path, token_files: list[Path]) -> None:
     told: list[dict[str, Any]] = []
-    row = run(directory, token_files, experts=1, progress=lambda **event: told.append(event))
+    alone = Measured([Loss(60.0, 10, 10), Loss(50.0, 10, 20), Loss()], [Loss(60.0, 10, 10), Loss(50.0, 10, 20), Loss()])
+    row = run(directory, token_files, arrived=[2], shared=alone, progress=lambda **event: told.append(event))
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     first, second, empty = row["partitions"]
-    assert (row["experts"], row["matrix"], row["samples"]) == (1, None, [])
+    assert (row["experts"], row["arrived"], row["matrix"], row["samples"]) == (1, [2], None, [])
     assert row["mean_loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
     assert row["mean_perplexity"] == pytest.approx(math.exp(row["mean_loss"]))
-    assert row["shared_mean_loss"] == pytest.approx(5.5)
+    assert row["shared_mean_loss"] == pytest.approx(5.5) and row["shared_pooled_loss"] == pytest.approx(5.5)
+    assert row["shared_pooled_bits_per_byte"] == pytest.approx(110 / 30 / math.log(2))
     assert first["perplexity"] == pytest.approx(math.exp(first["loss"]))
-    assert empty["loss"] is None and empty["tokens"] == 0
+    assert empty["loss"] is None and empty["tokens"] == 0 and empty["shared_loss"] is None
     total = first["loss"] * first["tokens"] + second["loss"] * second["tokens"]
     assert row["pooled_loss"] == pytest.approx(total / (first["tokens"] + second["tokens"]))
     text_bytes = sum(len(text.encode()) for texts in TEXTS for text in texts)
     assert row["pooled_bits_per_byte"] == pytest.approx(total / math.log(2) / text_bytes)
     assert row["router"]["tokens"] == first["tokens"] + second["tokens"]
-    assert [event["step"] for event in told] == [1, 2, 3]
+    assert [event["step"] for event in told] == [1, 2, 3, 3]
+    assert list(row["rivals"]) == [SHARED, UNIFORM, OURS, ORACLE]
+    assert row["explanation"] and all(sentence.endswith(".") for sentence in row["explanation"])
 
 
 def test_the_final_row_has_a_matrix_and_samples(directory: Path, token_files: list[Path]) -> None:
@@ -78,39 +84,45 @@ def test_the_final_row_has_a_matrix_and_samples(directory: Path, token_files: li
     assert row["samples"] == run(directory, token_files, final=True)["samples"]
 
 
-def test_partitions_of_the_summary_are_compared_like_with_like() -> None:
-    row = summary([Loss(10.0, 5, 20), Loss(30.0, 10, 40)], [2.5, None])
-    assert row["shared_mean_loss"] is None and row["shared_mean_perplexity"] is None
-    assert row["mean_loss"] == pytest.approx(2.5)
-    assert row["pooled_loss"] == pytest.approx(40 / 15)
+def test_rivals_are_measured_on_the_windows_that_ours_is_compared_on(tmp_path: Path, directory: Path) -> None:
+    """With four times the least number of tokens each third window is compared, and no window is lost or doubled."""
+    paths = [tmp_path / "0.tokens", tmp_path / "1.tokens", tmp_path / "2.tokens"]
+    for number, path in enumerate(paths):
+        with TokenWriter(path, TINY.vocab_size) as writer:
+            for length in range(40, 160, 5):
+                writer.append([1 + (number * 7 + position * length) % 255 for position in range(length)])
+    config = EvaluationConfig(tokens=4 * COMPARED_MIN_TOKENS, samples=0)
+    windows = held_out(paths, config)
+    assert windows.stride == 3
+    every, compared, others = ([tuple(window) for window in of(1)]
+                               for of in (windows.windows, windows.compared, windows.others))  # fmt: skip
+    assert sorted(compared + others) == sorted(every) and compared == every[::3]
+
+    model, sizes = MixtureLM.load(directory), token_bytes(load_tokenizer(directory / "tokenizer.json"))
+    row = evaluate_model(directory, paths, directory / "tokenizer.json", config, final=True)
+    rivals = row["rivals"]
+    assert list(rivals) == [*(ALONE.format(expert) for expert in range(3)), UNIFORM, OURS, ORACLE]
+    expected: dict[str, list[Loss]] = {
+        UNIFORM: [measure(model, windows.compared(p), sizes, gate="uniform") for p in range(3)],
+        OURS: [measure(model, windows.compared(p), sizes) for p in range(3)],
+        ORACLE: [measure(model, windows.compared(p), sizes, only_expert=p) for p in range(3)],
+        ALONE.format(2): [measure(model, windows.compared(p), sizes, only_expert=2) for p in range(3)],
+    }
+    for name, losses in expected.items():
+        assert rivals[name] == {key: pytest.approx(value, rel=1e-5) for key, value in figures(losses).items()}
+    assert row["compared_tokens"] == sum(loss.tokens for loss in expected[OURS]) < row["router"]["tokens"]
+    whole = [measure(model, windows.windows(p), sizes) for p in range(3)]
+    assert row["mean_loss"] == pytest.approx(figures(whole)["mean_loss"], rel=1e-5)
+    assert [row["matrix"][p][p] for p in range(3)] == rivals[ORACLE]["losses"]
+
+
+def test_experts_that_have_not_arrived_are_measured_once(directory: Path, token_files: list[Path]) -> None:
+    """They are one FFN: the second placeholder's row is the first one's, even here, where it is another expert."""
+    row = run(directory, token_files, final=True, arrived=[1])
+    assert list(row["rivals"]) == [ALONE.format(1), UNIFORM, OURS, ORACLE]
+    assert row["matrix"][0] == row["matrix"][2] != row["matrix"][1]
 
 
 def test_nothing_held_out_is_one_sentence(directory: Path, token_files: list[Path]) -> None:
     with pytest.raises(DataError, match="No partition has held-out documents"):
-        run(directory, token_files[2:], shared_losses=[None])
-
-
-def test_text_is_measured_whole(directory: Path, tmp_path: Path) -> None:
-    model, tokenizer = MixtureLM.load(directory), load_tokenizer(directory / "tokenizer.json")
-    texts = ["what is this?", "déjà vu"]
-    result = evaluate_text(directory, iter(texts))
-    nats = 0.0
-    with torch.inference_mode():
-        for text in texts:
-            ids = torch.tensor([[0, *tokenizer.encode(text).ids]])
-            logits = model(ids[:, :-1]) @ model.head_weight.T
-            nats += float(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
-    size = sum(len(text.encode()) for text in texts)
-    assert (result["documents"], result["bytes"], result["tokens"]) == (2, size, size)
-    assert result["loss"] == pytest.approx(nats / size, rel=1e-5)
-    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    with pytest.raises(DataError, match="There is no text"):
-        evaluate_text(directory, [])
-    bare = shutil.copytree(directory, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
-    with pytest.raises(StorageError, match="holds no tokenizer.json"):
-        evaluate_text(bare, texts)
-
-
-def test_a_text_longer_than_the_context_is_measured_in_windows(directory: Path) -> None:
-    text = "x y " * TINY.max_seq_len
-    assert evaluate_text(directory, [text])["tokens"] == len(text)
+        run(directory, token_files[2:])

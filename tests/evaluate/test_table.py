@@ -1,0 +1,42 @@
+"""What people see of a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge.evaluate.perplexity import Loss, figures
+from forge.evaluate.table import evaluation_lines
+from forge.vocabulary import ALONE, ORACLE, OURS, SHARED, UNIFORM
+
+KNOWN = figures([Loss(30.0, 10, 40), Loss(20.0, 10, 40)])
+UNKNOWN = figures([Loss(), Loss()])
+
+
+def row(experts: int, **more: Any) -> dict[str, Any]:
+    return {"experts": experts, "partitions": [{"tokens": 1200}, {"tokens": 800}], **KNOWN,
+            **{f"shared_{key}": value for key, value in KNOWN.items()}, **more}  # fmt: skip
+
+
+def test_the_rows_of_a_run_and_the_rivals_of_its_last_model() -> None:
+    rivals = {name: KNOWN for name in (SHARED, ALONE.format(0), UNIFORM, OURS, ORACLE)}
+    samples = [{"partition": 0, "prompt": "The\n", "text": " sail", "seed": 0}]
+    last = row(2, final=True, rivals=rivals, compared_tokens=1000, explanation=["One thing."] * 20, samples=samples)
+    lines = evaluation_lines({"rows": [row(0), row(1), last]})
+    assert lines[1] == "perplexity                       mean   pooled  bits/byte"
+    assert lines[2] == "shared components alone         12.18    12.18     0.9017"
+    assert [line[:18].strip() for line in lines[3:6]] == ["0 experts", "1 expert", "2 experts (final)"]
+    assert lines[7] == "rivals, all on the same 1,000 of 2,000 tokens"
+    assert [line[:28].strip() for line in lines[8:13]] == [
+        "shared components alone", "expert 0 alone", "uniform gate", "ours", "oracle: own expert for each"]  # fmt: skip
+    assert {len(line) for line in lines[1:6] + lines[8:13]} == {57}
+    assert max(map(len, lines[14:-3])) <= 100 and " ".join(lines[14:-3]) == " ".join(["One thing."] * 20)
+    assert lines[-2:] == ["sample, partition 0: 'The\\n'", "  -> ' sail'"]
+
+
+def test_a_report_of_an_earlier_version_and_unknown_figures() -> None:
+    old = {"experts": 1, "mean_perplexity": 9.5, "pooled_perplexity": 9.25, "pooled_bits_per_byte": None,
+           "shared_mean_perplexity": 10.0}  # fmt: skip
+    lines = evaluation_lines({"rows": [old]})
+    assert lines[2].split() == ["shared", "components", "alone", "10.00", "-", "-"]
+    assert lines[3].split() == ["1", "expert", "9.50", "9.25", "-"]
+    assert "nan" not in "".join(evaluation_lines({"rows": [row(1, **UNKNOWN)]}))
