@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--maturity", type=float, default=12.0, help="training tokens per live parameter at the split (rows)")
-    parser.add_argument("--share", type=float, default=0.8, help="share of the time that the shared phase takes (rows)")
+    parser.add_argument("--share", type=float, default=0.85, help="share of the time that the shared phase takes (rows)")
     parser.add_argument("--maturities", type=float, nargs="+", default=list(MATURITIES), help="of the curves")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the curves")
     parser.add_argument("--only", default="", help="only rows whose name has this in it")
