@@ -23,7 +23,7 @@ import time
 from typing import IO, Any
 
 from forge.errors import BY_CODE, ForgeError, MemoryBudgetError, storage_errors
-from forge.system import MemoryGroup, memory_group_parent, peak_resident_bytes, resident_bytes, tree_bytes
+from forge.system import MemoryGroup, memory_group_parent, peak_resident_bytes, resident_bytes, resident_bytes_of
 from forge.train.memory import MB, format_size
 
 #: Seconds between two looks at a child's resident memory.
@@ -240,7 +240,7 @@ class _Child:
     def _watch(self) -> None:
         limit = self._ram_bytes or sys.maxsize
         while self._process.poll() is None:
-            held = tree_bytes(self.pid)
+            held = resident_bytes_of(self.pid)  # All of it: no job starts processes of its own.
             self.peak_rss = max(self.peak_rss, held)
             if held > limit:
                 self.outgrown = True

@@ -45,18 +45,12 @@ def physical_cores() -> int:
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
-def tree_bytes(pid: int) -> int:
-    """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
+def resident_bytes_of(pid: int) -> int:
+    """Resident set of a process now, in bytes; 0 when it is gone."""
     try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
+        return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
-    total = 0
-    for member in family:
-        with suppress(psutil.Error):
-            total += int(member.memory_info().rss)
-    return total
 
 
 class MemoryGroup:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forge.errors import MemoryBudgetError
-from forge.system import tree_bytes
+from forge.system import resident_bytes_of
 from forge.train.memory import candidates
 from node.agent import Agent
 from node.client import FleetClient
@@ -37,7 +37,7 @@ def test_a_child_above_its_limit_is_stopped(tmp_path: Path, connect: Callable[..
     beats = Heartbeats(connect("127.0.0.1:1"), "lease", 60, lambda _: None)  # not started: no pulse is needed
     with pytest.raises(MemoryBudgetError, match=r"partition 1 used 1\d\dM, more than the 100M .* --ram \d+M"):
         worker.train(assignment, work, beats, smallest.peak_bytes)
-    assert tree_bytes(jobs[0].pid) == 0
+    assert resident_bytes_of(jobs[0].pid) == 0
     assert {path.name for path in work.iterdir()} == {"train.log"}
 
 
