@@ -43,7 +43,7 @@ def compare(
         every: whether to measure every expert alone too.
 
     Returns:
-        `compared_tokens`; `rivals`, name -> `perplexity.figures`, in the order in which they are printed; and `matrix`:
+        `compared_tokens`; `rivals`, name -> `perplexity.figures`; and `matrix`:
         nats a token of every expert (row) on every partition (column), null where a partition has no tokens, or null as a
         whole without `every`.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import textwrap
 from typing import Any, Final
 
-from forge.vocabulary import ORACLE, SHARED
+from forge.vocabulary import ALONE, ORACLE, OURS, SHARED, UNIFORM
 
 NAME: Final = 28
 """Width of the first column."""
@@ -29,7 +29,8 @@ def evaluation_lines(report: Mapping[str, Any]) -> list[str]:
     if last.get("rivals"):
         tokens = sum(partition["tokens"] for partition in last["partitions"])
         lines += ["", f"rivals, all on the same {last['compared_tokens']:,} of {tokens:,} tokens"]
-        lines += [_line(ROWS.get(name, name), figures) for name, figures in last["rivals"].items()]
+        names = [SHARED, *map(ALONE.format, last.get("arrived") or []), UNIFORM, OURS, ORACLE]
+        lines += [_line(ROWS.get(name, name), last["rivals"][name]) for name in names if name in last["rivals"]]
     if last.get("explanation"):
         lines += ["", *textwrap.wrap(" ".join(last["explanation"]), LINE)]
     for sample in last.get("samples") or []:

@@ -18,18 +18,22 @@ def row(experts: int, **more: Any) -> dict[str, Any]:
 
 
 def test_the_rows_of_a_run_and_the_rivals_of_its_last_model() -> None:
-    rivals = {name: KNOWN for name in (SHARED, ALONE.format(0), UNIFORM, OURS, ORACLE)}
+    names = [SHARED, ALONE.format(2), ALONE.format(10), UNIFORM, OURS, ORACLE]
+    rivals = {name: KNOWN for name in sorted(names)}  # as JSON on disk has them
     samples = [{"partition": 0, "prompt": "The\n", "text": " sail", "seed": 0}]
-    last = row(2, final=True, rivals=rivals, compared_tokens=1000, explanation=["One thing."] * 20, samples=samples)
+    last = row(2, final=True, arrived=[2, 10], rivals=rivals, compared_tokens=1000, explanation=["One thing."] * 20,
+               samples=samples)  # fmt: skip
     lines = evaluation_lines({"rows": [row(0), row(1), last]})
     assert lines[1] == "perplexity                       mean   pooled  bits/byte"
     assert lines[2] == "shared components alone         12.18    12.18     0.9017"
     assert [line[:18].strip() for line in lines[3:6]] == ["0 experts", "1 expert", "2 experts (final)"]
     assert lines[7] == "rivals, all on the same 1,000 of 2,000 tokens"
-    assert [line[:28].strip() for line in lines[8:13]] == [
-        "shared components alone", "expert 0 alone", "uniform gate", "ours", "oracle: own expert for each"]  # fmt: skip
-    assert {len(line) for line in lines[1:6] + lines[8:13]} == {57}
-    assert max(map(len, lines[14:-3])) <= 100 and " ".join(lines[14:-3]) == " ".join(["One thing."] * 20)
+    assert [line[:28].strip() for line in lines[8:14]] == [
+        "shared components alone", "expert 2 alone", "expert 10 alone", "uniform gate", "ours",
+        "oracle: own expert for each",
+    ]
+    assert {len(line) for line in lines[1:6] + lines[8:14]} == {57}
+    assert max(map(len, lines[15:-3])) <= 100 and " ".join(lines[15:-3]) == " ".join(["One thing."] * 20)
     assert lines[-2:] == ["sample, partition 0: 'The\\n'", "  -> ' sail'"]
 
 
