@@ -77,6 +77,12 @@ class Fleet:
         return self._start("coordinator", "coordinator.cli", "serve", "--config", str(self._config), "--run-dir",
                            str(self.run_dir), "--listen", self.address, "--push", REPO, "--exit-when-done")  # fmt: skip
 
+    def invite(self) -> None:
+        """Let three nodes in."""
+        command = [sys.executable, "-m", "coordinator.cli", "token", "create", "--run-dir", str(self.run_dir), "--uses", "3"]
+        made = subprocess.run(command, capture_output=True, check=True, text=True)
+        self._environment["FORGE_TOKEN"] = made.stdout.strip()
+
     def node(self, index: int, address: str = "") -> subprocess.Popen[bytes]:
         return self._start(f"node-{index}", "node.cli", "join", address or self.address, "--ram", RAM, "--threads", "1",
                            "--name", f"node-{index}", "--data-dir", str(self.root / f"node-{index}"))  # fmt: skip
@@ -135,6 +141,7 @@ def test_killed_everywhere_it_ends_with_the_model_of_one_machine(tmp_path: Path,
     path.write_text(small_config(write_corpus(tmp_path / "corpus.jsonl"), *OVERRIDES).to_yaml())
     with _fleet(tmp_path, path, hub) as fleet, proxy(fleet.address, UPLOAD_LIMIT) as slow_line:
         coordinator = _killed_in_every_stage(fleet)
+        fleet.invite()
         nodes = [fleet.node(0), fleet.node(1, slow_line.address), fleet.node(2)]
         _kill_in_training(fleet, nodes[0])
         nodes[0] = fleet.node(0)

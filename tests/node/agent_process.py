@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fakes import CountingJob  # type: ignore[import-not-found]  # noqa: E402
 
 from node.cli import run_node  # noqa: E402
+from node.link import Link  # noqa: E402
 
 if __name__ == "__main__":
     address, data_dir, *rest = sys.argv[1:]
     hold_at = int(rest[0]) if rest else None
-    sys.exit(run_node(address, "2G", 1, "cpu", Path(data_dir), "tester", True,
+    sys.exit(run_node(Link(address, insecure=1), "2G", 1, "cpu", Path(data_dir), "tester", True,
                       run_job=lambda arguments, threads, log, ram_bytes: CountingJob(arguments, hold_at=hold_at)))  # fmt: skip
