@@ -57,7 +57,7 @@ def test_who_has_no_valid_invitation_is_refused_and_told_why(world: World) -> No
     assert "not one of this run" in refusal(stranger(world, "a", wrong).join)[2]
     node = stranger(world, "a")
     request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=node.public_key, name="a")
-    bare = [header for header in node.joining if header[0] != SECRET_HEADER]
+    bare = tuple(header for header in node.joining if header[0] != SECRET_HEADER)
     code, error, sentence = refusal(lambda: node.stub.Join(request, metadata=bare))
     assert (code, error) == (DENIED, "access") and "forge-coordinator token create" in sentence
     assert world.coordinator is not None and world.coordinator._desk.state.nodes() == []
@@ -91,7 +91,7 @@ def test_two_nodes_cannot_both_take_the_last_use(world: World) -> None:
         try:
             return bool(node.join())
         except grpc.RpcError as error:
-            assert error.code() == DENIED  # type: ignore[attr-defined]
+            assert error.code() == DENIED
             return False
 
     with ThreadPoolExecutor(len(nodes)) as pool:
@@ -245,7 +245,7 @@ def test_bytes_on_their_way_are_bounded_by_node(make_world: Callable[[], World])
     node, other = world.node("greedy"), world.node("modest")
     sha256 = node.lease(1).expert.train_tokens.sha256  # three chunks and a bit
     request = pb.FetchBlobRequest(sha256=sha256)
-    running = node.stub.FetchBlob(request, metadata=node.metadata)
+    running: Any = node.stub.FetchBlob(request, metadata=node.metadata)
     next(running)
     with pytest.raises(grpc.RpcError) as caught:
         node.fetch(sha256)
