@@ -102,10 +102,9 @@ class Guests:
                 return self._remember(session, node_id, public_key, name, machine)
             invitation = self._valid(session, secret)
             # One statement, so that two nodes cannot both take the last use on any database.
-            taken = session.execute(update(Invitation).where(Invitation.id == invitation.id,
-                                                             Invitation.used < Invitation.uses)
-                                    .values(used=Invitation.used + 1).returning(Invitation.id)).all()  # fmt: skip
-            if not taken:
+            left = update(Invitation).where(Invitation.id == invitation.id, Invitation.used < Invitation.uses)
+            taken = session.execute(left.values(used=Invitation.used + 1))
+            if not taken.rowcount:  # type: ignore[attr-defined]
                 raise AccessError(_used_up(invitation))
             self._remember(session, node_id, public_key, name, machine)
             session.flush()

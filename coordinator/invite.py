@@ -20,7 +20,7 @@ from coordinator.records import InvitationRecord, NodeRecord
 from coordinator.state import State
 from forge.errors import ConfigError, StorageError
 from forge.files import RunDirectory
-from forge.invitation import SECRET_BYTES, Invitation
+from forge.invitation import SECRET_BYTES, Invitation, is_address
 
 #: Characters of an invitation's name, as of a node's.
 MAX_NAME = 64
@@ -52,6 +52,9 @@ def create_token(run_dir: Path, *, uses: int, expires: str, name: str, addresses
     if not (known := tuple(addresses) or tuple(info.get("addresses", ()))):
         raise ConfigError(f"No coordinator runs in {run_dir}, so nobody knows its address: start it first, or say with "
                           "--address HOST:PORT where nodes will reach it.")  # fmt: skip
+    for address in known:
+        if not is_address(address):
+            raise ConfigError(f"--address {address[:80]!r} must look like HOST:PORT, such as 192.0.2.10:7433.")
     authority, secret = Authority(run_dir), secrets.token_bytes(SECRET_BYTES)
     state = State(RunDirectory(run_dir).database, lease_seconds=1.0)
     try:

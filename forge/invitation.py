@@ -11,6 +11,7 @@ import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 import hashlib
+import re
 from typing import Final
 
 from forge.errors import ConfigError
@@ -31,6 +32,11 @@ PROOF_HEADER: Final = "forge-proof-bin"
 SECRET_HEADER: Final = "forge-invitation-bin"
 #: Trailing metadata of a call that came too soon: seconds until it may be made again.
 RETRY_HEADER: Final = "forge-retry-after"
+
+
+def is_address(text: str) -> bool:
+    """Whether a text looks like `HOST:PORT`; an IPv6 address is in brackets."""
+    return re.fullmatch(r"([^\s,/:\[\]]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", text) is not None
 
 
 def fingerprint(certificate: bytes) -> bytes:
@@ -86,7 +92,7 @@ class Invitation:
             addresses = tuple(payload[FINGERPRINT_BYTES + SECRET_BYTES :].decode().split(","))
         except (ValueError, binascii.Error):
             raise wrong from None
-        if hashlib.sha256(payload).digest()[:_CHECK_BYTES] != check or not all(addresses):
+        if hashlib.sha256(payload).digest()[:_CHECK_BYTES] != check or not all(map(is_address, addresses)):
             raise wrong
         return cls(addresses=addresses, fingerprint=payload[:FINGERPRINT_BYTES],
                    secret=payload[FINGERPRINT_BYTES : FINGERPRINT_BYTES + SECRET_BYTES])  # fmt: skip

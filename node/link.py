@@ -197,7 +197,7 @@ def shown_certificates(address: str) -> list[bytes]:
         raise StalledError("no answer in time") from error
     except ConnectionResetError as error:
         raise StalledError("the connection was cut") from error
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # The second: a name that no name server could know.
         raise StalledError("it cannot be reached") from error
 
 

@@ -26,5 +26,11 @@ def test_a_damaged_string_is_refused_and_not_repeated(damage: object) -> None:
     assert not text or text[8:60] == "" or text[8:60] not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["", "here", "here:", "a b:1", "http://here:1", "::1:5", "here:123456", "[here]:1"])
+def test_what_is_no_address_is_in_no_invitation(address: str) -> None:
+    with pytest.raises(ConfigError):
+        Invitation.parse(Invitation(addresses=[address], fingerprint=bytes(32), secret=bytes(32)).encode())
+
+
 def test_a_proof_is_for_one_coordinator() -> None:
     assert len({proof_message(b""), proof_message(b"a" * 32), proof_message(b"b" * 32)}) == 3

@@ -77,6 +77,7 @@ WRONG = [
     ("forge-coordinator status --run-dir nowhere", "network", ["No coordinator runs in nowhere", "start one"]),
     ("forge-coordinator token create --run-dir nowhere", "config", ["nobody knows its address", "--address HOST:PORT"]),
     ("forge-coordinator token create --run-dir nowhere --expires soon", "config", ["--expires 'soon'", "7d"]),
+    ("forge-coordinator token create --run-dir nowhere --address here", "config", ["--address 'here'", "HOST:PORT"]),
     ("forge-coordinator token list --run-dir nowhere", "storage", ["nowhere is not a coordinator's run directory"]),
     ("forge-coordinator nodes revoke me --run-dir nowhere", "storage", ["nowhere is not a coordinator's run directory"]),
     ("forge-coordinator serve --config tiny.yaml --listen 0.0.0.0:0 --insecure", "config", ["0.0.0.0", "say it twice"]),

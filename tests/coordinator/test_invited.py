@@ -179,6 +179,26 @@ def test_plaintext_and_tls_do_not_meet(make_world: Callable[[], World], tmp_path
     assert "phase" in run(f"forge-coordinator status --run-dir {world.root}", tmp_path).out
 
 
+def test_a_node_that_is_revoked_while_it_trains_stops_in_one_sentence(world: World, tmp_path: Path) -> None:
+    text = token(world, tmp_path)
+    assert world.coordinator is not None
+    state = world.coordinator._desk.state
+    script = Path(__file__).parents[1] / "node" / "agent_process.py"
+    command = [sys.executable, str(script), world.coordinator.address, str(tmp_path / "node"), "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "FORGE_TOKEN": text}) as node:  # fmt: skip
+        try:
+            until(lambda: [part.state for part in state.partitions()] == ["leased", "open", "open"], 30)
+            until(lambda: list((tmp_path / "node").rglob("checkpoint.safetensors")), 30)
+            assert "tester is revoked" in run(f"forge-coordinator nodes revoke tester --run-dir {world.root}", tmp_path).out
+            assert [part.state for part in state.partitions()] == ["open"] * 3
+            out, err = node.communicate(timeout=60)
+        finally:
+            node.kill()
+    assert "its checkpoint is kept" in out
+    is_one_sentence(Outcome(node.returncode, out, err), "access", "was revoked by the coordinator's operator")
+
+
 @pytest.mark.parametrize("state", ["revoked invitation", "revoked node"])
 def test_who_was_sent_away_hears_it_in_one_sentence(state: str, world: World, tmp_path: Path) -> None:
     text = token(world, tmp_path, "--name ada")
