@@ -160,6 +160,8 @@ def test_killed_everywhere_it_ends_with_the_model_of_one_machine(tmp_path: Path,
         assert part.stat().st_size == CHUNK_BYTES
 
         coordinator = fleet.coordinator()
+        # A node that is started anew waits ten seconds for its coordinator, which a busy machine needs to start one.
+        _wait(lambda: json.loads((fleet.run_dir / "coordinator.json").read_text())["pid"] == coordinator.pid, "its port")
         nodes[1] = fleet.node(1)
         _wait(lambda: coordinator.poll() is not None, "the end of the run", 300)
         assert coordinator.returncode == 0, fleet.log("coordinator")[-3000:]
