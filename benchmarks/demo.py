@@ -7,6 +7,7 @@ directory of the model. Interrupted and started again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 import re
 import shutil
@@ -38,20 +39,22 @@ def main() -> int:
     options = parser.parse_args()
     if options.fresh:
         shutil.rmtree(options.run_dir, ignore_errors=True)
-    started, address = time.monotonic(), f"127.0.0.1:{_free_port()}"
+    started, address, environment = time.monotonic(), f"127.0.0.1:{_free_port()}", dict(os.environ)
     commands = {"coordinator": [sys.executable, "-m", "coordinator.cli", "serve", "--config", options.config, "--run-dir",
                                 str(options.run_dir), "--listen", address, "--exit-when-done"]}  # fmt: skip
     for index in range(NODES):
-        commands[f"node-{index}"] = [sys.executable, "-m", "node.cli", "join", address, "--ram", "2G", "--threads", "1",
+        commands[f"node-{index}"] = [sys.executable, "-m", "node.cli", "join", "--ram", "2G", "--threads", "1",
                                      "--name", f"node-{index}", "--data-dir", f"{options.run_dir}-node-{index}"]  # fmt: skip
     processes: dict[str, subprocess.Popen[str]] = {}
     peaks: dict[str, int] = dict.fromkeys(commands, 0)
     try:
         for name, command in commands.items():
-            processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                               env=environment)  # fmt: skip
             threading.Thread(target=_relay, args=(name, processes[name]), daemon=True).start()
             if name == "coordinator":
                 _wait_for(address, processes[name])
+                environment["FORGE_TOKEN"] = _invitation(options.run_dir)
         threading.Thread(target=_watch, args=(processes, peaks), daemon=True).start()
         if (code := processes["coordinator"].wait()) != 0:
             print(f"The coordinator ended with exit status {code}; see its lines above.", file=sys.stderr)
@@ -100,6 +103,12 @@ def _wait_for(address: str, process: subprocess.Popen[str]) -> None:
             return
         except OSError:
             time.sleep(0.1)
+
+
+def _invitation(run_dir: Path) -> str:
+    """What an operator types to invite both nodes."""
+    command = [sys.executable, "-m", "coordinator.cli", "token", "create", "--run-dir", str(run_dir), "--uses", str(NODES)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, text=True).stdout.strip()
 
 
 def _free_port() -> int:

@@ -1,58 +1,97 @@
-"""Asking a running coordinator how it is: the client of `AdminService`, kept apart so that it starts quickly."""
+"""Asking a running coordinator how it is: the client of `AdminService`, kept apart so that it starts quickly.
+
+The operator is who can read the run directory: the credential and the CA that these calls need lie there.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from forge.errors import NetworkError, ProtocolError
-from forge.vocabulary import DEFAULT_PORT
+from forge.errors import ConfigError, NetworkError, ProtocolError, StorageError
+from forge.invitation import SERVER_NAME
 
 #: Seconds to wait for an answer; a coordinator answers from memory and a small database.
 ANSWER_SECONDS = 5.0
+INFO_FILE, SECRET_FILE = "coordinator.json", "coordinator.secret"
 
 
-def find_address(address: str | None, run_dir: Path | None) -> str:
-    """Where the coordinator listens: as given, as its run directory says, FORGE_COORDINATOR, or the default port here.
+def find_run(run_dir: Path | None) -> Path:
+    """The run directory as given, else the one below `runs` that a coordinator works in.
 
     Raises:
-        NetworkError: no coordinator runs in the directory.
+        NetworkError: no coordinator works below `runs`.
+        ConfigError: several do.
     """
-    if address is not None:
-        return address
     if run_dir is not None:
-        try:
-            return str(json.loads((run_dir / "coordinator.json").read_text(encoding="utf-8"))["address"])
-        except (OSError, ValueError, KeyError) as error:
-            raise NetworkError(f"No coordinator runs in {run_dir}: start one with `forge-coordinator serve --run-dir "
-                               f"{run_dir}`.", detail=str(error)) from error  # fmt: skip
-    return os.environ.get("FORGE_COORDINATOR") or f"127.0.0.1:{DEFAULT_PORT}"
+        return run_dir
+    found = sorted(path.parent for path in Path("runs").glob(f"*/{INFO_FILE}"))
+    if not found:
+        raise NetworkError("No coordinator runs in a directory below runs: start one with `forge-coordinator serve`, or "
+                           "give its directory with --run-dir.")  # fmt: skip
+    if len(found) > 1:
+        raise ConfigError(f"Coordinators run in {', '.join(map(str, found))}: say which with --run-dir.")
+    return found[0]
 
 
-def fetch_status(address: str) -> dict[str, Any]:
+def read_info(run_dir: Path) -> dict[str, Any] | None:
+    """Where the coordinator of a run directory listens, as it wrote it down; None where none runs."""
+    try:
+        return dict(json.loads((run_dir / INFO_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def fetch_status(run_dir: Path) -> dict[str, Any]:
     """The answer of `GetStatus` as plain values, named as in the proto.
 
     Raises:
         NetworkError: nobody answers.
+        StorageError: the run directory's secret or CA cannot be read.
         ProtocolError: who answers is no coordinator of this version.
     """
     from google.protobuf.json_format import MessageToDict
     import grpc
     from modularforge.v1 import admin_pb2, admin_pb2_grpc
 
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
+    info = read_info(run_dir)
+    if info is None:
+        raise NetworkError(f"No coordinator runs in {run_dir}: start one with `forge-coordinator serve --run-dir "
+                           f"{run_dir}`.")  # fmt: skip
+    address = str(info["address"])
+    try:
+        with _channel(run_dir, address, bool(info.get("encrypted", True))) as channel:
             answer = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
-                admin_pb2.GetStatusRequest(), timeout=ANSWER_SECONDS)  # fmt: skip
-        except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise NetworkError(f"No coordinator answers at {address}: start one with `forge-coordinator serve`, or "
-                                   "check the address.", detail=error.details()) from error  # fmt: skip
-            why = error.details() or error.code().name
-            raise ProtocolError(f"The coordinator at {address} refused: {why}.") from error
+                admin_pb2.GetStatusRequest(), timeout=ANSWER_SECONDS, metadata=_credential(run_dir))  # fmt: skip
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise NetworkError(f"No coordinator answers at {address}: start one with `forge-coordinator serve`, or "
+                               "check the address.", detail=error.details()) from error  # fmt: skip
+        why = error.details() or error.code().name
+        raise ProtocolError(f"The coordinator at {address} refused: {why}.") from error
     return dict(MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+
+
+def _channel(run_dir: Path, address: str, encrypted: bool) -> Any:
+    import grpc
+
+    options = [("grpc.enable_http_proxy", 0), ("grpc.ssl_target_name_override", SERVER_NAME)]
+    host, _, port = address.rpartition(":")
+    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    if not encrypted:
+        return grpc.insecure_channel(f"{here}:{port}", options=options[:1])
+    from coordinator.authority import ca_certificate
+
+    return grpc.secure_channel(f"{here}:{port}", grpc.ssl_channel_credentials(ca_certificate(run_dir)), options=options)
+
+
+def _credential(run_dir: Path) -> tuple[tuple[str, str], ...]:
+    from coordinator.auth import OPERATOR, Credentials
+
+    if not (run_dir / SECRET_FILE).is_file():
+        raise StorageError(f"{run_dir} holds no coordinator's secret: give the run directory with --run-dir.")
+    return (("forge-credential", Credentials.load(run_dir / SECRET_FILE).issue(OPERATOR)),)
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 `step` looks at what is on disk and in the database and does the most urgent thing that is missing there, so a
 coordinator that was killed anywhere finds its work again by looking:
 
-1. an accepted shard that is not in `model/` is put there;
+1. an expert in `model/` that is not accepted (any more) is taken out, and an accepted one that is missing put there;
 2. a model with so many experts that was not evaluated is evaluated, then pushed;
 3. the oldest shard without a verdict is judged;
 4. with every shard accepted, the final evaluation ends the run.
@@ -54,6 +54,7 @@ class Assembler:
         self._run, self._config, self._state, self._run_job = run, config, state, run_job
         self._activity, self._journal, self._push = activity, journal, push
         self._assembled: set[int] = set()
+        self._in_place: dict[int, str] | None = None
         self._pushed: int | None = None
         self._failures: dict[tuple[int, bool], int] = {}
         #: Every shard is accepted, assembled and evaluated.
@@ -69,13 +70,15 @@ class Assembler:
             Stopped: the coordinator is being stopped.
         """
         accepted = self._state.accepted_shards()
+        if (pause := self._take_out_strays(accepted)) is not None:
+            return pause
         for shard in accepted:
             if shard.partition not in self._assembled:
                 return self._assemble(shard)
         experts = len(accepted)
         if not self._settled(experts, final=False):
             return self._evaluate(experts, final=False)
-        if self._push is not None and experts and self._pushed != experts:
+        if self._push is not None and self._pushed != experts and (experts or self._pushed):
             self._push_model(experts)
         pending = self._state.next_pending()
         if pending is not None:
@@ -86,9 +89,33 @@ class Assembler:
 
     def first_evaluation(self) -> float:
         """Evaluate the model without any expert, if that is missing; seconds to pause, 0 when nothing is to do."""
-        if self._state.accepted_shards() or self._settled(0, final=False):
+        accepted = self._state.accepted_shards()
+        while (pause := self._take_out_strays(accepted)) is not None:
+            if pause:
+                return pause
+        if accepted or self._settled(0, final=False):
             return 0.0
         return self._evaluate(0, final=False)
+
+    def _take_out_strays(self, accepted: list[ShardRecord]) -> float | None:
+        """Take an expert out that is in the model and not accepted any more; None when there is none."""
+        if self._in_place is None:
+            self._in_place = assembly.placed(self._run.model)
+        wanted = {shard.partition: shard.sha256 for shard in accepted}
+        stray = next((k for k, sha256 in self._in_place.items() if wanted.get(k) != sha256), None)
+        if stray is None:
+            return None
+        try:
+            assembly.withdraw(self._run, stray)
+        except StorageError as error:
+            return self._later("withdrawal-failed", f"cannot take expert {stray} out of the model", error)
+        sha256 = self._in_place.pop(stray)
+        self._assembled.discard(stray)
+        self._failures.clear()
+        self.done = False
+        self._journal.event("withdrawn", f"expert {stray} is taken out of the model: its partition is open again",
+                            partition=stray, sha256=sha256)  # fmt: skip
+        return 0.0
 
     def _assemble(self, shard: ShardRecord) -> float:
         tokens = json.loads(shard.manifest).get("tokens_seen")
@@ -99,6 +126,8 @@ class Assembler:
         except StorageError as error:
             return self._later("assembly-failed", f"cannot put expert {shard.partition} into the model", error)
         self._assembled.add(shard.partition)
+        if self._in_place is not None:
+            self._in_place[shard.partition] = shard.sha256
         self._journal.event("assembled", f"expert {shard.partition} of {shard.node_name} is in the model "
                             f"({len(self._assembled)} of {self._config.model.n_experts})", partition=shard.partition,
                             sha256=shard.sha256, node=shard.node_name)  # fmt: skip
@@ -145,7 +174,8 @@ class Assembler:
         finally:
             self._activity.say("")
         if judgement.accepted:
-            self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss)
+            if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
+                return 0.0  # Its node was revoked while it was being judged.
             self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
                                 partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
                                 loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip

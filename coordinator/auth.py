@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 from pathlib import Path
 import secrets
 
@@ -12,6 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from forge.errors import ProtocolError, StorageError, storage_errors
+from forge.files import create_private
 
 #: Bytes of an Ed25519 public key and of a signature (RFC 8032, 5.1.5 and 5.1.6).
 PUBLIC_KEY_BYTES = 32
@@ -20,6 +20,8 @@ SIGNATURE_BYTES = 64
 SECRET_BYTES = 32
 #: Hexadecimal digits of a node id.
 NODE_ID_DIGITS = 16
+#: Who the operator is, in place of a node id: whoever can read the secret of the run directory.
+OPERATOR = "operator"
 
 
 class CredentialError(ProtocolError):
@@ -50,14 +52,7 @@ class Credentials:
         """
         with storage_errors(path):
             if not path.exists():
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.unlink(missing_ok=True)
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(secrets.token_bytes(SECRET_BYTES))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
+                create_private(path, secrets.token_bytes(SECRET_BYTES))
             secret = path.read_bytes()
         if len(secret) != SECRET_BYTES:
             raise StorageError(f"{path} is damaged: delete it and start again; every node then joins anew by itself.")

@@ -25,6 +25,8 @@ from forge.model.names import expert_tensors
 #: Bytes that the header of a shard's safetensors file may take: about 150 a tensor, plus metadata.
 HEADER_BYTES = 1 << 20
 PART_SUFFIX = ".part"
+#: Unfinished uploads that a node may have: the one that it sends, and one of a lease before it.
+MAX_UPLOADS = 2
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -63,12 +65,13 @@ class Uploads:
         self._directory = store.directory / "incoming"
         self._lock = threading.Lock()
         self._open: dict[str, _Upload] = {}
-        self._of_lease: dict[str, str] = {}
+        self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploads
 
     def open(self, lease: LeaseRecord, sha256: str, size: int) -> int:
         """Announce an upload; the offset to go on from, equal to `size` when nothing is missing.
 
-        A lease has one upload: announcing another one drops the first, so that a node cannot fill the disk with parts.
+        A lease has one upload and a node `MAX_UPLOADS`: announcing another one drops the oldest, so that a node cannot
+        fill the disk with parts.
 
         Raises:
             ProtocolError: the size is not one that a shard of this run can have.
@@ -79,11 +82,7 @@ class Uploads:
         if self.store.has(sha256):
             return size
         with self._lock:
-            before = self._of_lease.get(lease.id)
-            self._of_lease[lease.id] = sha256
-            if before is not None and before != sha256 and before not in self._of_lease.values():
-                self._open.pop(before, None)
-                self._part(before).unlink(missing_ok=True)
+            self._make_way(lease, sha256)
             upload = self._open.setdefault(sha256, _Upload(size))
         with upload.lock:
             if upload.size != size:
@@ -148,12 +147,30 @@ class Uploads:
                 return upload.size
             return self._finish(sha256, upload) if self._held(sha256) == upload.size else self._held(sha256)
 
+    def missing(self, sha256: str, offset: int) -> int:
+        """Bytes that an announced upload still brings from `offset` on."""
+        with self._lock:
+            upload = self._open.get(sha256)
+        return max(0, upload.size - offset) if upload is not None else 0
+
     def forget_all(self) -> None:
         """Delete every unfinished upload: the run needs no more shards."""
         with self._lock:
             self._open.clear()
             self._of_lease.clear()
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _make_way(self, lease: LeaseRecord, sha256: str) -> None:
+        """Note what a lease uploads, and drop what its node may not have beside that."""
+        dropped = [self._of_lease.pop(lease.id, ("", ""))[1]]
+        self._of_lease[lease.id] = (lease.node_id, sha256)
+        mine = [held for held, (node_id, _) in self._of_lease.items() if node_id == lease.node_id]
+        dropped += [self._of_lease.pop(held)[1] for held in mine[:-MAX_UPLOADS]]
+        wanted = {held for _, held in self._of_lease.values()}
+        for old in dropped:
+            if old and old not in wanted:
+                self._open.pop(old, None)
+                self._part(old).unlink(missing_ok=True)
 
     def _finish(self, sha256: str, upload: _Upload) -> int:
         """Check the hash and make the part a blob."""

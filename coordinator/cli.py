@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 import os
 from pathlib import Path
@@ -34,31 +35,114 @@ def main() -> None:
 @click.option("--push", default=None, metavar="USER/REPO",
               help="Push the model to the Hub after every accepted expert.")  # fmt: skip
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
+@click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
-          exit_when_done: bool) -> None:  # fmt: skip
+          exit_when_done: bool, insecure: int) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.serve import serve as run
     from forge.config import load_config
 
     resolved = load_config(config, overrides)
-    stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done)
+    stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
+                     insecure)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 
 
+def _run_dir_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Directory of the run; default: "
+                        "the one below runs that a coordinator works in.")(command)  # fmt: skip
+
+
 @main.command()
-@click.argument("address", required=False)
-@click.option("--run-dir", type=click.Path(path_type=Path), default=None,
-              help="Ask the coordinator that works in this directory.")  # fmt: skip
+@_run_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
-def status(address: str | None, run_dir: Path | None, as_json: bool) -> None:
-    """Show how far a run is; ADDRESS is HOST:PORT, else FORGE_COORDINATOR, else this machine's default port."""
-    from coordinator.admin import describe, fetch_status, find_address
+def status(run_dir: Path | None, as_json: bool) -> None:
+    """Show how far a run is, on the machine that coordinates it."""
+    from coordinator.admin import describe, fetch_status, find_run
 
-    answer = fetch_status(find_address(address, run_dir))
+    answer = fetch_status(find_run(run_dir))
     click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))
+
+
+@main.group()
+def token() -> None:
+    """Invite machines: an invitation is one string that lets a number of nodes in."""
+
+
+@token.command("create")
+@_run_dir_option
+@click.option("--uses", type=click.IntRange(1, 10_000), default=1, show_default=True, help="How many nodes it lets in.")
+@click.option("--expires", default="7d", show_default=True, metavar="TIME", help="How long: 90m, 12h, 7d or 2w.")
+@click.option("--name", default="", help="For whom, to tell invitations apart.")
+@click.option("--address", "addresses", multiple=True, metavar="HOST:PORT",
+              help="Where nodes reach the coordinator; default: where the one that runs listens.")  # fmt: skip
+@report_errors()
+def token_create(run_dir: Path | None, uses: int, expires: str, name: str, addresses: tuple[str, ...]) -> None:
+    """Print an invitation. Whoever has it can join; nobody can be shown it again."""
+    from coordinator.admin import find_run
+    from coordinator.invite import create_token
+
+    text, encrypted = create_token(find_run(run_dir), uses=uses, expires=expires, name=name, addresses=addresses)
+    click.echo(text)
+    insecure = "" if encrypted else " --insecure"
+    # On stderr, so that INVITATION=$(forge-coordinator token create) holds the string alone.
+    click.echo(f"\non the machine that joins, once:\n\n  forge-node join {text}{insecure}\n\nor, where others may see the "
+               f"list of processes:\n\n  FORGE_TOKEN={text} forge-node join{insecure}\n", err=True)  # fmt: skip
+
+
+@token.command("list")
+@_run_dir_option
+@report_errors()
+def token_list(run_dir: Path | None) -> None:
+    """Show every invitation: its id, not the string."""
+    from coordinator.admin import find_run
+    from coordinator.invite import list_tokens
+
+    click.echo(list_tokens(find_run(run_dir)))
+
+
+@token.command("revoke")
+@click.argument("invitation", metavar="ID")
+@_run_dir_option
+@report_errors()
+def token_revoke(invitation: str, run_dir: Path | None) -> None:
+    """Let nobody else in with an invitation."""
+    from coordinator.admin import find_run
+    from coordinator.invite import revoke_token
+
+    click.echo(revoke_token(find_run(run_dir), invitation))
+
+
+@main.group()
+def nodes() -> None:
+    """Show nodes, and send them away."""
+
+
+@nodes.command("list")
+@_run_dir_option
+@report_errors()
+def nodes_list(run_dir: Path | None) -> None:
+    """Show every node that ever joined."""
+    from coordinator.admin import find_run
+    from coordinator.invite import list_nodes
+
+    click.echo(list_nodes(find_run(run_dir)))
+
+
+@nodes.command("revoke")
+@click.argument("name")
+@click.option("--drop-shards", is_flag=True, help="Take its accepted experts out of the model as well.")
+@_run_dir_option
+@report_errors()
+def nodes_revoke(name: str, drop_shards: bool, run_dir: Path | None) -> None:
+    """Refuse every further call of the node NAME (or its id); its lease is open again at once."""
+    from coordinator.admin import find_run
+    from coordinator.invite import revoke_node
+
+    click.echo(revoke_node(find_run(run_dir), name, drop_shards=drop_shards))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from coordinator.messages import (
     UploadOpened,
     Wait,
 )
+from coordinator.quotas import Quotas
 from coordinator.records import Counts, NodeRecord, Receipt
 from coordinator.state import State
 from forge.config import RunConfig
@@ -82,6 +83,7 @@ class Desk:
     credentials: Credentials
     activity: Activity
     clock: Callable[[], float]
+    quotas: Quotas
     note: Callable[..., None]
     """Records an event: its name, a sentence for whoever watches, and its facts."""
     told_done: set[str] = field(default_factory=set)
@@ -93,6 +95,7 @@ def authenticate(desk: Desk, credential: str) -> NodeRecord:
 
     Raises:
         CredentialError: the credential is not ours, or its node is not in this run's database.
+        AccessError: the node was revoked.
     """
     node = desk.state.node(desk.credentials.check(credential[:MAX_WORD]))
     if node is None:
@@ -106,6 +109,7 @@ def join(request: JoinRequest, desk: Desk) -> Joined:
     Raises:
         ProtocolError: the node speaks another version.
         InvalidRequestError: the key or the name is not one.
+        AccessError: the node is not known and has no valid invitation, or it was revoked.
     """
     if request.protocol_version != PROTOCOL_VERSION:
         raise ProtocolError(
@@ -113,10 +117,12 @@ def join(request: JoinRequest, desk: Desk) -> Joined:
             f"{request.protocol_version}: install the same version of ModularForge on both.")  # fmt: skip
     if len(request.public_key) != PUBLIC_KEY_BYTES:
         raise InvalidRequestError(f"A public key has {PUBLIC_KEY_BYTES} bytes, and this one {len(request.public_key)}.")
+    if request.public_key != request.proven_key:
+        raise InvalidRequestError("The key of the message is not the one that the proof was made with.")
     if not (1 <= len(request.name) <= MAX_NAME and request.name.isprintable() and request.name.strip()):
         raise InvalidRequestError(f"A node's name has 1 to {MAX_NAME} printable characters: choose another one.")
     node_id = node_id_of(request.public_key)
-    if desk.state.register_node(node_id, request.public_key, request.name, _machine(request.machine)):
+    if desk.state.admit(node_id, request.public_key, request.name, _machine(request.machine), request.secret):
         desk.note("joined", f"{request.name} joined", node_id=node_id, name=request.name)
     return Joined(node_id=node_id, credential=desk.credentials.issue(node_id), run=summary(desk))
 
@@ -168,12 +174,13 @@ def release(lease_id: str, node: NodeRecord, desk: Desk) -> None:
     desk.state.release(lease_id[:MAX_WORD], node.id)
 
 
-def fetch_blob(sha256: str, offset: int, desk: Desk) -> Iterator[bytes]:
+def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterator[bytes]:
     """The bytes of a published blob from an offset on, in chunks of `CHUNK_BYTES`.
 
     Raises:
         NotPublishedError: the run does not publish it.
         InvalidRequestError: the offset lies behind its end.
+        QuotaError: with the first chunk: too much is on its way to this node.
     """
     size = published(desk.run).get(sha256)
     if size is None:
@@ -183,7 +190,7 @@ def fetch_blob(sha256: str, offset: int, desk: Desk) -> Iterator[bytes]:
     path = desk.run.blobs.path(sha256)
 
     def chunks() -> Iterator[bytes]:
-        with open(path, "rb") as file:
+        with desk.quotas.transfer(node.id, size - offset), open(path, "rb") as file:
             file.seek(offset)
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
@@ -215,10 +222,12 @@ def upload(lease_id: str, sha256: str, offset: int, chunks: Iterable[bytes], nod
         UploadInterruptedError: ask for the offset and go on.
         ShardError: what arrives is not what its sha256 says, again.
         StorageError: the disk is full.
+        QuotaError: too much is on its way from this node.
     """
     _check_ids(lease_id, sha256)
     desk.state.lease(lease_id, node.id)
-    return desk.uploads.write(sha256, offset, chunks, cancel)
+    with desk.quotas.transfer(node.id, desk.uploads.missing(sha256, offset)):
+        return desk.uploads.write(sha256, offset, chunks, cancel)
 
 
 def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:

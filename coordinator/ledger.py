@@ -1,63 +1,19 @@
-"""What the coordinator remembers without judging it: nodes, evaluations, and views of partitions and shards."""
+"""What the coordinator remembers without judging it: evaluations, and views of nodes, partitions and shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-import time
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from coordinator.database import Database
+from coordinator.guests import Guests, node_record
 from coordinator.records import NodeRecord, PartitionRecord, PartitionState, ShardRecord
-from coordinator.tables import Evaluation, Lease, Node, Partition, Shard
-from forge.errors import ProtocolError
-
-#: Nodes of one run; far above any fleet, far below what would fill a disk.
-MAX_NODES = 10_000
+from coordinator.tables import Admission, Evaluation, Lease, Node, Partition, Revocation, Shard
 
 
-class Ledger:
-    """The part of the state without transitions. Every method is one transaction and may be called from any thread.
-
-    Args:
-        location: SQLite file or SQLAlchemy URL.
-        clock: seconds since the epoch.
-    """
-
-    def __init__(self, location: Path | str, clock: Callable[[], float] = time.time) -> None:
-        self._database = Database(location)
-        self._clock = clock
-
-    def close(self) -> None:
-        """Close the database."""
-        self._database.close()
-
-    def register_node(self, node_id: str, public_key: bytes, name: str, machine: dict[str, Any]) -> bool:
-        """Remember a node, or what it says about itself now; whether it is new."""
-        now = self._clock()
-        with self._database.transaction() as session:
-            node = session.get(Node, node_id)
-            if node is None:
-                if (session.scalar(select(func.count()).select_from(Node)) or 0) >= MAX_NODES:
-                    raise ProtocolError(f"This run has {MAX_NODES} nodes already and takes no more.")
-                session.add(Node(id=node_id, public_key=public_key, name=name, machine=machine, joined_at=now,
-                                 seen_at=now))  # fmt: skip
-            else:
-                node.name, node.machine, node.seen_at = name, machine, now
-                return False
-            return True
-
-    def node(self, node_id: str) -> NodeRecord | None:
-        """The node of that id, noting that it was heard of just now."""
-        with self._database.transaction() as session:
-            node = session.get(Node, node_id)
-            if node is None:
-                return None
-            node.seen_at = self._clock()
-            return _node(node)
+class Ledger(Guests):
+    """The part of the state without transitions. Every method is one transaction and may be called from any thread."""
 
     def next_pending(self) -> ShardRecord | None:
         """The oldest shard that waits for its verdict."""
@@ -113,13 +69,11 @@ class Ledger:
             bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
             accepted = {node_id: shards for node_id, shards in session.execute(good)}
             rejected = {node_id: shards for node_id, shards in session.execute(bad)}
-            return [_node(node, accepted.get(node.id, 0), rejected.get(node.id, 0))
+            came = {row.node_id: row.invitation for row in session.scalars(select(Admission))}
+            revoked = set(session.scalars(select(Revocation.node_id)))
+            return [node_record(node, accepted=accepted.get(node.id, 0), rejected=rejected.get(node.id, 0),
+                                invitation=came.get(node.id, ""), revoked=node.id in revoked)
                     for node in session.scalars(select(Node).order_by(Node.joined_at, Node.id))]  # fmt: skip
-
-
-def _node(node: Node, accepted: int = 0, rejected: int = 0) -> NodeRecord:
-    return NodeRecord(id=node.id, name=node.name, public_key=node.public_key, machine=node.machine,
-                      seen_at=node.seen_at, accepted=accepted, rejected=rejected)  # fmt: skip
 
 
 def _record(session: Session, shard: Shard) -> ShardRecord:

@@ -41,6 +41,10 @@ class JoinRequest:
     public_key: bytes
     name: str
     machine: Machine = field(default_factory=Machine)
+    proven_key: bytes
+    """The key that the proof in the headers was made with."""
+    secret: bytes | None = field(default=None, repr=False)
+    """Of its invitation."""
 
 
 @dataclass(frozen=True, kw_only=True)

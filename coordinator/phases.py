@@ -42,7 +42,7 @@ class Work:
         self._uploads, self._activity, self._journal, self._echo = uploads, activity, journal, echo
         self._last_line = 0.0
         self.stopping = threading.Event()
-        #: Set when the thread has nothing more to do: the run is done, it failed, or it was stopped.
+        #: Set while the thread has nothing more to do: the run is done, it failed, or it was stopped.
         self.ended = threading.Event()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="work", daemon=True)
@@ -59,10 +59,15 @@ class Work:
     def _main(self) -> None:
         try:
             self.prepare()
-            while not self._assembler.done and not self.stopping.is_set():
-                self.stopping.wait(self._assembler.step())
-            if self._assembler.done:
-                self._uploads.forget_all()
+            while not self.stopping.is_set():
+                pause = self._assembler.step()
+                if self._assembler.done and not self.ended.is_set():
+                    self._uploads.forget_all()
+                    self.ended.set()
+                elif self.ended.is_set() and not self._assembler.done:  # A shard was dropped: the run goes on.
+                    self.ended.clear()
+                    self._activity.enter("experts")
+                self.stopping.wait(pause)
         except Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it

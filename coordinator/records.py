@@ -20,6 +20,21 @@ class NodeRecord:
     seen_at: float
     accepted: int = 0
     rejected: int = 0
+    invitation: str = ""
+    """Id of the one it came with."""
+    revoked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvitationRecord:
+    """An invitation without its secret; `state` is valid, used up, expired or revoked."""
+
+    id: str
+    name: str
+    uses: int
+    used: int
+    state: str
+    expires_at: float
 
 
 @dataclass(frozen=True, kw_only=True)

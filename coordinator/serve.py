@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 import ipaddress
 import logging
 from logging.handlers import RotatingFileHandler
 import os
 from pathlib import Path
+import shlex
 import signal
 import socket
 import threading
@@ -25,20 +26,25 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from coordinator.activity import Activity
+from coordinator.admin import INFO_FILE, SECRET_FILE
 from coordinator.assembler import Assembler
 from coordinator.auth import Credentials
+from coordinator.authority import Authority, own_addresses
 from coordinator.blobs import Uploads, largest_shard
+from coordinator.gate import Gate
 from coordinator.handlers import Desk
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
 from coordinator.journal import Journal, print_line
 from coordinator.phases import Work
 from coordinator.push import check_repo, pusher
+from coordinator.quotas import Limits, Quotas
 from coordinator.servicer import SERVICES, register
 from coordinator.state import State
 from forge.config import RunConfig
 from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
 from forge.files import Beginning, RunDirectory, write_json
 from forge.system import peak_resident_bytes
+from forge.vocabulary import CHUNK_BYTES
 
 #: Calls answered at the same time; a transfer takes one for as long as it lasts.
 WORKERS = 64
@@ -47,11 +53,22 @@ CALL_GRACE_SECONDS = 1.0
 #: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do. Nodes that
 #: wait in the expert phase ask every five seconds.
 FAREWELL_SECONDS = 12.0
-#: Where `status` finds a running coordinator.
-ADDRESS_FILE = "coordinator.json"
+#: Addresses in an invitation, at most: people copy it.
+MAX_ADDRESSES = 4
+
+#: Calls that may wait for a worker or be answered at one time; more are told to come back.
+MAX_CALLS = 1024
 
 _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a second coordinator on one port must fail, not share it
+    # What a stranger may cost: see coordinator/gate.py. The largest message is a chunk with the names around it.
+    ("grpc.max_receive_message_length", CHUNK_BYTES + (64 << 10)),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 8 << 10),
+    ("grpc.max_concurrent_streams", 32),  # of one connection; a node of ours has four
+    ("grpc.max_allowed_incoming_connections", 4096),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that does not even begin to speak
+    ("grpc.max_connection_idle_ms", 300_000),  # one without a call; nodes of ours make one at every heartbeat
     # A peer that vanished without a word (laptop closed, cable pulled) must not keep its stream's thread.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -59,7 +76,8 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False) -> int:
+def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
+          insecure: int = 0) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -68,6 +86,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         listen: `HOST:PORT`; port 0 takes a free one.
         push: `USER/REPO` on the Hub that gets the model after every accepted shard.
         exit_when_done: return when every expert is accepted and the model evaluated.
+        insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -78,7 +97,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         StorageError: the directory cannot be written, or another coordinator works on it.
         ForgeError: what stopped a stage.
     """
-    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done)
+    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure)
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -93,18 +112,21 @@ class Coordinator:
         listen: `HOST:PORT`.
         push: `USER/REPO` or None.
         exit_when_done: whether `wait` returns when the run is done.
+        insecure: as for `serve`.
         run_job: does the heavy work; None starts child processes.
         echo: shows a line to whoever watches.
         clock: seconds since the epoch.
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
+        limits: what one node may have.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
-                 exit_when_done: bool = False, run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
-                 clock: Callable[[], float] = time.time, database: str | None = None) -> None:  # fmt: skip
+                 exit_when_done: bool = False, insecure: int = 0, run_job: RunJob | None = None,
+                 echo: Callable[[str], None] = print_line, clock: Callable[[], float] = time.time,
+                 database: str | None = None, limits: Limits | None = None) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
-        self._database = database
+        self._database, self._insecure, self._limits = database, insecure, limits or Limits()
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -121,23 +143,31 @@ class Coordinator:
         host, port = parse_listen(self._listen)
         if self._push is not None:
             check_repo(self._push)
+        if self._insecure == 1 and not is_loopback(host):
+            raise ConfigError(f"--insecure on {host} would let everybody on the network read and change what nodes send: "
+                              "leave it out, or say it twice.")  # fmt: skip
         with ExitStack() as undo:
-            server = grpc.server(ThreadPoolExecutor(WORKERS, "call"), options=_SERVER_OPTIONS)
-            undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())
-            bound = _bind(server, host, port)
-            self.address = f"{host}:{bound}"
             beginning = Beginning(self._run_dir)
+            _check_free(host, port)
             undo.enter_context(_only_one(self._run_dir))
             undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
             run = RunDirectory.open(self._run_dir, self._config)
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)
-            self._offer(server)
+            authority = Authority(run.root, host)
+            server = grpc.server(
+                ThreadPoolExecutor(WORKERS, "call"), options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS,
+                interceptors=[Gate(self._desk, b"" if self._insecure else authority.fingerprint, self._echo)])  # fmt: skip
             undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())  # before what its calls use is closed
-            write_json(run.root / ADDRESS_FILE, {"address": self.address, "pid": os.getpid()})
-            undo.callback((run.root / ADDRESS_FILE).unlink, missing_ok=True)
+            bound = _bind(server, host, port, None if self._insecure else authority.credentials())
+            self.address = f"{host}:{bound}"
+            self._offer(server)
+            write_json(run.root / INFO_FILE, {
+                "address": self.address, "addresses": invitation_addresses(host, bound), "pid": os.getpid(),
+                "encrypted": not self._insecure})  # fmt: skip
+            undo.callback((run.root / INFO_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
-            self._greet(host, bound, run)
+            self._greet(run)
             self._work.start()
             undo.callback(self._end_work)
             self._cleanup = undo.pop_all()
@@ -184,7 +214,8 @@ class Coordinator:
                           journal=journal, echo=self._echo)  # fmt: skip
         self._desk = Desk(
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
-            uploads=uploads, note=journal.event, credentials=Credentials.load(run.root / "coordinator.secret"))  # fmt: skip
+            uploads=uploads, note=journal.event, quotas=Quotas(self._limits),
+            credentials=Credentials.load(run.root / SECRET_FILE))  # fmt: skip
 
     def _offer(self, server: grpc.Server) -> None:
         register(server, self._desk, self._echo)
@@ -194,12 +225,11 @@ class Coordinator:
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         server.start()
 
-    def _greet(self, host: str, port: int, run: RunDirectory) -> None:
+    def _greet(self, run: RunDirectory) -> None:
         self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}")
-        if not _is_loopback(host):
-            self._echo("WARNING: connections are neither encrypted nor authenticated: use a trusted network only")
-        self._echo(f"to join from this machine:  forge-node join {_reachable(host)}:{port}" if _is_loopback(host)
-                   else f"to join:  forge-node join {_reachable(host)}:{port}")  # fmt: skip
+        if self._insecure:
+            self._echo("WARNING: nothing is encrypted (--insecure): whoever is on the line can read and change everything")
+        self._echo(f"to invite a machine:  forge-coordinator token create --run-dir {shlex.quote(str(run.root))}")
 
     def _see_off(self) -> None:
         """Stay until every node that was here lately has heard that nothing is left to do."""
@@ -215,7 +245,8 @@ class Coordinator:
         if isinstance(self._job, JobRunner):
             self._job.stop()
         self._work.join(GRACE_SECONDS + 5.0)
-        _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
+        with suppress(StorageError):  # A full disk that stopped the run is the better sentence.
+            _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
         self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
                             if self._stop_asked.is_set() else "")  # fmt: skip
 
@@ -232,16 +263,35 @@ def parse_listen(listen: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _bind(server: grpc.Server, host: str, port: int) -> int:
+def _check_free(host: str, port: int) -> None:
+    """Find out that a port is taken before anything is written; `_bind` is what really takes it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with suppress(socket.gaierror), socket.socket(family) as probe:
+        if os.name == "posix":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was used a moment ago is free
+        try:
+            probe.bind((host.strip("[]"), port))
+        except socket.gaierror:
+            raise
+        except OSError as error:
+            raise _taken(host, port, str(error)) from error
+
+
+def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     detail: str | None = None
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        where = f"{host}:{port}"
+        bound = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
         bound, detail = 0, str(error)
     if not bound:
-        raise NetworkError(f"Cannot listen on {host}:{port}: another program uses the port, or the address is not this "
-                           "machine's; choose another one with --listen.", detail=detail)  # fmt: skip
-    return bound
+        raise _taken(host, port, detail)
+    return int(bound)
+
+
+def _taken(host: str, port: int, detail: str | None) -> NetworkError:
+    return NetworkError(f"Cannot listen on {host}:{port}: another program uses the port, or the address is not this "
+                        "machine's; choose another one with --listen.", detail=detail)  # fmt: skip
 
 
 @contextmanager
@@ -308,20 +358,26 @@ def _memory_notes(run: RunDirectory) -> Callable[[str, dict[str, Any], dict[str,
     return note
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
-def _reachable(host: str) -> str:
-    """The name that another machine can use for an address that stands for all of this machine's."""
+def invitation_addresses(host: str, port: int) -> list[str]:
+    """Where other machines reach a coordinator: the address that it listens on, or, for one that stands for all of this
+    machine's, the one that its traffic takes, and then the others.
+    """
     if host.strip("[]") not in ("0.0.0.0", "::"):
-        return host
+        return [f"{host}:{port}"]
+    others = own_addresses()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # A documentation address: nothing is sent, the system picks its route.
-            return str(probe.getsockname()[0])
+            others.insert(0, str(probe.getsockname()[0]))
         except OSError:
-            return socket.gethostname()
+            pass
+    found = [f"[{address}]" if ":" in address else address for address in dict.fromkeys(others)]
+    return [f"{address}:{port}" for address in found[:MAX_ADDRESSES] or [socket.gethostname()]]

@@ -1,25 +1,20 @@
-"""The wire: protobuf messages to plain values and back, errors to statuses. The server's only file with messages.
-
-A `ForgeError` becomes a status with its sentence and its code in the trailing metadata (`forge-error-code`); its detail
-and everything unexpected go to the log and never to the peer.
-"""
+"""The wire: protobuf messages to plain values and back. The server's only file with messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-import logging
-from typing import Any, NoReturn
+import itertools
+from typing import Any
 
 import grpc
 from modularforge.v1 import admin_pb2, admin_pb2_grpc, fleet_pb2_grpc
 from modularforge.v1 import fleet_pb2 as pb
 
 from coordinator import handlers
-from coordinator.auth import CredentialError
-from coordinator.blobs import UploadInterruptedError
-from coordinator.handlers import Desk, InvalidRequestError, NotPublishedError
+from coordinator.gate import CREDENTIAL_KEY
+from coordinator.handlers import Desk, InvalidRequestError
 from coordinator.messages import (
     Assignment,
     Blob,
@@ -35,34 +30,20 @@ from coordinator.messages import (
     Wait,
 )
 from coordinator.records import NodeRecord, Receipt
-from forge.errors import ForgeError, StorageError
-from forge.vocabulary import PROTOCOL_VERSION
+from coordinator.refusals import Refusals
+from forge.invitation import KEY_HEADER, SECRET_HEADER
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 
 #: Full names of the services, for the health check.
 SERVICES = tuple(file.services_by_name[name].full_name for file, name in (
     (pb.DESCRIPTOR, "FleetService"), (admin_pb2.DESCRIPTOR, "AdminService")))  # fmt: skip
-CREDENTIAL_KEY = "forge-credential"
-ERROR_KEY = "forge-error-code"
-
-#: The first class that an error belongs to decides. ABORTED asks the node to try again: its work must not be lost
-#: because this machine's disk is full or a stream was overtaken.
-_STATUS: tuple[tuple[type[ForgeError], grpc.StatusCode], ...] = (
-    (CredentialError, grpc.StatusCode.UNAUTHENTICATED),
-    (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
-    (NotPublishedError, grpc.StatusCode.NOT_FOUND),
-    (UploadInterruptedError, grpc.StatusCode.ABORTED),
-    (StorageError, grpc.StatusCode.ABORTED),
-    (ForgeError, grpc.StatusCode.FAILED_PRECONDITION),
-)
-#: Sent instead of a `StorageError`'s own sentence, which names paths of this machine.
-STORAGE_SENTENCE = "the coordinator cannot use its disk or database just now; its operator sees why"
+#: Bytes of a message that is not a chunk: the largest is a Commit with its manifest.
+MAX_REQUEST_BYTES = 1 << 17
 
 _VERDICTS = {"pending": pb.Receipt.VERDICT_PENDING, "accepted": pb.Receipt.VERDICT_ACCEPTED,
              "rejected": pb.Receipt.VERDICT_REJECTED}  # fmt: skip
 _ORDERS = {"continue": pb.HeartbeatResponse.ORDER_CONTINUE, "finish": pb.HeartbeatResponse.ORDER_FINISH,
            "abandon": pb.HeartbeatResponse.ORDER_ABANDON}  # fmt: skip
-
-_log = logging.getLogger(__name__)
 
 
 def register(server: grpc.Server, desk: Desk, report: Callable[[str], None]) -> None:
@@ -80,34 +61,17 @@ def register(server: grpc.Server, desk: Desk, report: Callable[[str], None]) -> 
 class _Servicer:
     def __init__(self, desk: Desk, report: Callable[[str], None]) -> None:
         self._desk = desk
-        self._report = report
+        self._refusals = Refusals(report)
 
     @contextmanager
-    def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
-        try:
+    def _answering(self, context: grpc.ServicerContext, request: Any = None) -> Iterator[None]:
+        with self._refusals.answering(context):
+            if request is not None and request.ByteSize() > MAX_REQUEST_BYTES:
+                raise InvalidRequestError(f"A request has at most {MAX_REQUEST_BYTES:,} bytes.")
             yield
-        except ForgeError as error:
-            self._refuse(context, error)
-        except Exception:
-            if not context.is_active():
-                raise  # The peer went away in the middle: there is nobody to answer, and gRPC ends the call.
-            _log.exception("a call failed")
-            self._report("a call from a node failed unexpectedly; the log says why")
-            context.abort(grpc.StatusCode.INTERNAL, "The coordinator failed to answer; its log says why.")
-
-    def _refuse(self, context: grpc.ServicerContext, error: ForgeError) -> NoReturn:
-        status = next(status for kind, status in _STATUS if isinstance(error, kind))
-        sentence = str(error)
-        if isinstance(error, StorageError):
-            self._report(sentence)
-            sentence = STORAGE_SENTENCE
-        context.set_trailing_metadata(((ERROR_KEY, error.code),))
-        context.abort(status, sentence)
-        raise AssertionError("abort raises")
 
     def _node(self, context: grpc.ServicerContext) -> NodeRecord:
-        given = next((value for key, value in context.invocation_metadata() if key == CREDENTIAL_KEY), "")
-        return handlers.authenticate(self._desk, given if isinstance(given, str) else "")
+        return handlers.authenticate(self._desk, str(_header(context, CREDENTIAL_KEY) or ""))
 
 
 class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
@@ -115,15 +79,16 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 
     def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
         """Register a node."""
-        with self._answering(context):
+        with self._answering(context, request):
             joined = handlers.join(JoinRequest(
                 protocol_version=request.protocol_version, public_key=request.public_key, name=request.name,
-                machine=_machine(request.machine)), self._desk)  # fmt: skip
+                machine=_machine(request.machine), proven_key=_header(context, KEY_HEADER) or b"",
+                secret=_header(context, SECRET_HEADER)), self._desk)  # fmt: skip
             return pb.JoinResponse(node_id=joined.node_id, credential=joined.credential, run=_summary(joined.run))
 
     def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
         """Give work, or say what is waited for."""
-        with self._answering(context):
+        with self._answering(context, request):
             answer = handlers.lease(
                 LeaseRequest(machine=_machine(request.machine),
                              preferred_partitions=tuple(request.preferred_partitions)),
@@ -136,7 +101,7 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
         """Keep a lease alive."""
-        with self._answering(context):
+        with self._answering(context, request):
             answer = handlers.heartbeat(
                 HeartbeatRequest(lease_id=request.lease_id, progress=_progress(request.progress)),
                 self._node(context), self._desk)  # fmt: skip
@@ -144,14 +109,13 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 
     def FetchBlob(self, request: pb.FetchBlobRequest, context: Any) -> Iterator[pb.FetchBlobResponse]:
         """Send a published blob."""
-        with self._answering(context):
-            self._node(context)
-            for chunk in handlers.fetch_blob(request.sha256, request.offset, self._desk):
+        with self._answering(context, request):
+            for chunk in handlers.fetch_blob(request.sha256, request.offset, self._node(context), self._desk):
                 yield pb.FetchBlobResponse(data=chunk)
 
     def OpenUpload(self, request: pb.OpenUploadRequest, context: Any) -> pb.OpenUploadResponse:
         """Say where an upload goes on."""
-        with self._answering(context):
+        with self._answering(context, request):
             opened = handlers.open_upload(
                 OpenUploadRequest(lease_id=request.lease_id, sha256=request.sha256, size=request.size),
                 self._node(context), self._desk)  # fmt: skip
@@ -171,7 +135,7 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 
     def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
         """Take a shard in, or repeat its verdict."""
-        with self._answering(context):
+        with self._answering(context, request):
             receipt = handlers.commit(
                 CommitRequest(lease_id=request.lease_id, sha256=request.sha256, manifest=request.manifest,
                               signature=request.signature), self._node(context), self._desk)  # fmt: skip
@@ -179,7 +143,7 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
 
     def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
         """Take a lease back."""
-        with self._answering(context):
+        with self._answering(context, request):
             handlers.release(request.lease_id, self._node(context), self._desk)
             return pb.ReleaseResponse()
 
@@ -189,7 +153,7 @@ class AdminServicer(_Servicer, admin_pb2_grpc.AdminServiceServicer):
 
     def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Any) -> admin_pb2.GetStatusResponse:
         """Tell the whole state of the run."""
-        with self._answering(context):
+        with self._answering(context, request):
             status = handlers.status(self._desk)
             return admin_pb2.GetStatusResponse(
                 run=_summary(status.run), activity=status.activity, stage_progress=_progress_message(status.progress),
@@ -205,9 +169,14 @@ class AdminServicer(_Servicer, admin_pb2_grpc.AdminServiceServicer):
                              for experts, mean, pooled in status.evaluations])  # fmt: skip
 
 
+def _header(context: grpc.ServicerContext, name: str) -> Any:
+    return next((value for key, value in context.invocation_metadata() if key == name), None)
+
+
 def _chunks(first: pb.UploadRequest, rest: Iterator[pb.UploadRequest]) -> Iterator[bytes]:
-    yield first.data
-    for message in rest:
+    for message in itertools.chain((first,), rest):
+        if len(message.data) > CHUNK_BYTES:
+            raise InvalidRequestError(f"A chunk has at most {CHUNK_BYTES:,} bytes.")
         yield message.data
 
 

@@ -13,6 +13,9 @@ asking twice gives the same answer.
     A  accept   uploaded -> accepted   the shard was judged good; other leases on the partition end (superseded)
     J  reject   uploaded -> open       the shard was judged bad, with reasons
                 uploaded -> leased     the same, while another node holds an active lease on the partition
+    X  revoke   leased   -> open       the node was revoked
+                uploaded -> open       the same, while its shard waits (leased, while another node holds a lease)
+    D  drop     accepted -> open       the node was revoked and its accepted shards are not wanted any more
 
 A late shard (C from a lease that another node has meanwhile) is welcome unless a shard of the partition is pending or
 accepted; the other lease stays active until A. A shard handed in while another one is pending is answered `pending`
@@ -30,12 +33,12 @@ import time
 from typing import Any, Literal
 import uuid
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from coordinator.ledger import Ledger
 from coordinator.records import Counts, LeaseRecord, Receipt, Verdict
-from coordinator.tables import Lease, Partition, Shard
+from coordinator.tables import Evaluation, Lease, Partition, Revocation, Shard
 from forge.errors import ProtocolError
 
 #: Rejections of one node's shards of one partition after which another node must train it: training is deterministic,
@@ -43,6 +46,7 @@ from forge.errors import ProtocolError
 MAX_REJECTIONS = 3
 
 ELSEWHERE = "another node's shard of this partition was accepted first"
+SENT_AWAY = "its node was revoked"
 IN_FRONT = "another shard of this partition is being validated first"
 
 Order = Literal["continue", "finish", "abandon"]
@@ -205,13 +209,7 @@ class State(Ledger):
             shard = session.get_one(Shard, shard_id)
             if shard.verdict != "pending":
                 return
-            shard.verdict, shard.judged, shard.decided_at = "rejected", judged, self._clock()
-            shard.slot, shard.reasons = None, list(reasons)
-            partition = _partition(session, shard.partition)
-            partition.last_rejection = list(reasons)
-            active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
-            partition.state = "open" if active is None else "leased"
-            _end(session, session.get_one(Lease, shard.lease_id), "rejected" if judged else "undecided")
+            self._refuse(session, shard, reasons, judged=judged)
 
     def counts(self) -> Counts:
         """How many partitions are in which state."""
@@ -223,6 +221,32 @@ class State(Ledger):
             expiry = session.scalar(select(func.min(Lease.expires_at)).where(Lease.ended.is_(None)))
             return Counts(**held, next_expiry=None if expiry is None else max(0.0, expiry - now))
 
+    def revoke(self, node_id: str, *, drop_shards: bool = False) -> list[int]:
+        """Rules X and, with `drop_shards`, D: a node may not come back; the partitions that are open again by D.
+
+        The same bytes may be handed in again by another node: what was wrong is who made them. Evaluations of models
+        that held a dropped shard go with it.
+        """
+        with self._database.transaction() as session:
+            if session.get(Revocation, node_id) is None:
+                session.add(Revocation(node_id=node_id, revoked_at=self._clock()))
+            accepted = session.scalars(select(Shard).where(Shard.verdict == "accepted").order_by(Shard.decided_at, Shard.id))
+            order = [(shard.id, shard.node_id) for shard in accepted]
+            dropped = []
+            for shard in session.scalars(select(Shard).where(Shard.node_id == node_id, Shard.slot.is_not(None))).all():
+                if shard.verdict == "accepted":
+                    if not drop_shards:
+                        continue
+                    dropped.append(shard.partition)
+                self._refuse(session, shard, [SENT_AWAY], judged=False)
+            for lease in session.scalars(select(Lease).where(Lease.active_node == node_id)).all():
+                _end(session, lease, "revoked")
+            if dropped:
+                # The n-th accepted shard is in every model of n experts and more.
+                first = next(n for n, (_, owner) in enumerate(order, start=1) if owner == node_id)
+                session.execute(delete(Evaluation).where(Evaluation.experts >= first))
+            return sorted(dropped)
+
     # --- steps of the rules -----------------------------------------------------------------------------------------
 
     def _expire(self, session: Session, now: float) -> None:
@@ -230,6 +254,15 @@ class State(Ledger):
         overdue = select(Lease).where(Lease.ended.is_(None), Lease.expires_at < now)
         for lease in session.scalars(overdue).all():
             _end(session, lease, "expired")
+
+    def _refuse(self, session: Session, shard: Shard, reasons: Sequence[str], *, judged: bool) -> None:
+        shard.verdict, shard.judged, shard.decided_at = "rejected", judged, self._clock()
+        shard.slot, shard.reasons = None, list(reasons)
+        partition = _partition(session, shard.partition)
+        partition.last_rejection = list(reasons)
+        active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
+        partition.state = "open" if active is None else "leased"
+        _end(session, session.get_one(Lease, shard.lease_id), "rejected" if judged else "undecided")
 
     def _revive(self, session: Session, lease: Lease) -> None:
         """Rule V, where it applies."""

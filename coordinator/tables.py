@@ -38,6 +38,42 @@ class Node(Base):
     seen_at: Mapped[float]
 
 
+class Invitation(Base):
+    """A secret that lets machines in, a number of times. The secret itself is nowhere: only its sha256 is kept, which is
+    enough for 256 random bits.
+    """
+
+    __tablename__ = "invitations"
+
+    id: Mapped[str] = mapped_column(String(8), primary_key=True)
+    """The first digits of the sha256."""
+    sha256: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    uses: Mapped[int]
+    used: Mapped[int]
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+
+
+class Admission(Base):
+    """With which invitation a node came."""
+
+    __tablename__ = "admissions"
+
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    invitation: Mapped[str] = mapped_column(ForeignKey("invitations.id"))
+
+
+class Revocation(Base):
+    """A node that may not come back."""
+
+    __tablename__ = "revocations"
+
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    revoked_at: Mapped[float]
+
+
 class Partition(Base):
     """One unit of work. `state` changes in `coordinator.state` only."""
 
@@ -63,7 +99,7 @@ class Lease(Base):
     granted_at: Mapped[float]
     expires_at: Mapped[float]
     ended: Mapped[str | None] = mapped_column(String(16))
-    """None while active, else expired, released, committed, rejected, undecided or superseded."""
+    """None while active, else expired, released, committed, rejected, undecided, superseded or revoked."""
     active_node: Mapped[str | None] = mapped_column(String(16), unique=True)
     active_partition: Mapped[int | None] = mapped_column(unique=True)
     progress: Mapped[dict[str, Any]]

@@ -7,6 +7,7 @@
     ├── StorageError           6   read-only directory, disk full, corrupt file of ours
     ├── NetworkError           7   coordinator unreachable, port in use, connection lost for good
     ├── ProtocolError          8   the peer speaks another version, or refuses the request
+    │   └── AccessError       13   not invited, revoked, or the coordinator is not the one that was joined
     ├── ShardError             9   a shard is truncated, foreign, misshapen, or not finite
     ├── RunMismatchError      10   the run directory holds another run
     ├── HubError              11   the Hugging Face Hub refused or could not be reached
@@ -86,6 +87,13 @@ class ProtocolError(ForgeError):
     code = "protocol"
 
 
+class AccessError(ProtocolError):
+    """Who is there may not be: a node without a valid invitation, or a coordinator that is not the one of it."""
+
+    exit_code = 13
+    code = "access"
+
+
 class ShardError(ForgeError):
     """A shard is not what it claims to be."""
 
@@ -118,8 +126,8 @@ class TrainingError(ForgeError):
 BY_CODE: dict[str, type[ForgeError]] = {
     cls.code: cls
     for cls in (
-        ForgeError, ConfigError, DataError, MemoryBudgetError, StorageError, NetworkError, ProtocolError, ShardError,
-        RunMismatchError, HubError, TrainingError,
+        ForgeError, ConfigError, DataError, MemoryBudgetError, StorageError, NetworkError, ProtocolError, AccessError,
+        ShardError, RunMismatchError, HubError, TrainingError,
     )
 }  # fmt: skip
 

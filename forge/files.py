@@ -52,6 +52,46 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def create_private(path: Path, data: bytes) -> None:
+    """Make a file that nobody but its owner ever could read, whole or not at all. One that is there already stays.
+
+    Raises:
+        StorageError: the disk is full or the directory cannot be written.
+    """
+    with storage_errors(path), _private_temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return  # Another process was faster: its file is the one.
+        except OSError:  # A file system without hard links.
+            if not path.exists():
+                os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+
+def replace_private(path: Path, data: bytes) -> None:
+    """Like `create_private`, but what was there before is replaced."""
+    with storage_errors(path), _private_temporary(path, data) as temporary:
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+
+@contextmanager
+def _private_temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside `path`, mode 0600; gone when the block ends."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
@@ -216,8 +256,8 @@ class RunDirectory:
 class Beginning:
     """A run that cannot begin, because its corpus is unusable or the disk is full, leaves nothing behind.
 
-    Otherwise the half-made run would refuse the mended command, as a run with another config. A directory that held
-    anything before is left alone, and so is every run whose corpus is prepared.
+    Otherwise the half-made run would refuse the mended command, as a run with another config. What was in the directory
+    before (invitations, say, or somebody's notes) stays, and so does every run whose corpus is prepared.
 
     Args:
         root: the run directory, not opened yet.
@@ -226,7 +266,7 @@ class Beginning:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self._missing = [path for path in (self._root, *self._root.parents) if not path.exists()]
-        self._fresh = bool(self._missing) or (self._root.is_dir() and not any(self._root.iterdir()))
+        self._before = {path.name for path in self._root.iterdir()} if self._root.is_dir() else set()
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -235,12 +275,14 @@ class Beginning:
             yield
         except ForgeError as error:
             # The plain class is about a process that died: the logs say more about it than the error does.
-            if self._fresh and type(error) is not ForgeError and RunDirectory(self._root).marker("prepare") is None:
+            fresh = "run.yaml" not in self._before and RunDirectory(self._root).marker("prepare") is None
+            if fresh and type(error) is not ForgeError:
                 self._undo()
             raise
 
     def _undo(self) -> None:
-        for path in self._root.iterdir() if self._root.is_dir() else ():
+        made = [path for path in self._root.iterdir() if path.name not in self._before] if self._root.is_dir() else ()
+        for path in made:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -16,6 +16,7 @@ from forge.errors import ConfigError, MemoryBudgetError, report_errors
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
+    from node.link import Link
     from node.worker import RunJob
 
 
@@ -55,7 +56,8 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("address", required=False)
+@click.argument("where", required=False, metavar="[INVITATION|ADDRESS]")
+@click.option("--token", metavar="INVITATION", help="The invitation, beside an ADDRESS. Default: FORGE_TOKEN.")
 @click.option("--ram", metavar="SIZE", help="Memory that training may use, such as 8G or 900M. Default: what is free "
               "now, less a reserve for you, at most 8G.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training. Default: all usable cores.")
@@ -65,24 +67,37 @@ def main() -> None:
               "downloads and checkpoints. Default: FORGE_DATA_DIR, else ~/.local/share/modularforge.")  # fmt: skip
 @click.option("--name", help="Name that your shards are credited to. Default: this machine's host name.")
 @click.option("--once", is_flag=True, help="Leave after one shard.")
+@click.option("--insecure", count=True, help="Do not encrypt; only for a coordinator on this machine that does not "
+              "either, unless it is said twice.")  # fmt: skip
 @report_errors()
-def join(address: str | None, ram: str | None, threads: int | None, device: str, data_dir: Path | None,
-         name: str | None, once: bool) -> None:  # fmt: skip
-    """Join the run of the coordinator at ADDRESS (HOST[:PORT]) and train one expert after the other.
+def join(where: str | None, token: str | None, ram: str | None, threads: int | None, device: str, data_dir: Path | None,
+         name: str | None, once: bool, insecure: int) -> None:  # fmt: skip
+    """Join a run and train one expert after the other.
 
-    Without ADDRESS: the environment variable FORGE_COORDINATOR, else a coordinator on this machine.
+    The first time it needs the INVITATION that the coordinator's operator made (or FORGE_TOKEN, which other users of
+    this machine cannot see); later it remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator
+    is now, if that is not where it was.
     """
-    where = parse_address(address or os.environ.get("FORGE_COORDINATOR") or f"127.0.0.1:{DEFAULT_PORT}")
-    sys.exit(run_node(where, ram, threads, device, (data_dir or default_data_dir()).resolve(),
-                      name or socket.gethostname() or "node", once))  # fmt: skip
+    from forge.invitation import PREFIX, Invitation
+    from node.link import Link
+
+    here = (data_dir or default_data_dir()).resolve()
+    # Taken out of the environment so that the training process does not inherit it.
+    text = token or os.environ.pop("FORGE_TOKEN", None)
+    address = where or os.environ.get("FORGE_COORDINATOR")
+    if address is not None and address.startswith(PREFIX):
+        text, address = token or address, None
+    link = Link(parse_address(address) if address else None, data_dir=here, insecure=insecure,
+                invitation=Invitation.parse(text) if text else None, otherwise=f"127.0.0.1:{DEFAULT_PORT}")  # fmt: skip
+    sys.exit(run_node(link, ram, threads, device, here, name or socket.gethostname() or "node", once))
 
 
-def run_node(address: str, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str, once: bool,
+def run_node(link: Link, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str, once: bool,
              run_job: RunJob | None = None) -> int:  # fmt: skip
     """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick.
 
     Args:
-        address: `HOST:PORT`.
+        link: where the coordinator is and how it is known.
         ram: the --ram option.
         threads: the --threads option.
         device: the --device option.
@@ -112,7 +127,7 @@ def run_node(address: str, ram: str | None, threads: int | None, device: str, da
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     identity = Identity.open(data_dir)
-    client = FleetClient(address, public_key=identity.public_key, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
+    client = FleetClient(link, identity=identity, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
                          version=_version())  # fmt: skip
     worker = Worker(console, ram_bytes=ram_bytes, threads=threads or machine.cores, device=machine.device,
                     run_job=run_job or run_train_expert)  # fmt: skip

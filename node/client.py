@@ -19,8 +19,9 @@ from modularforge.v1 import fleet_pb2 as pb
 from modularforge.v1 import fleet_pb2_grpc
 from tenacity import RetryCallState
 
-from forge.errors import NetworkError, ProtocolError, storage_errors
+from forge.errors import AccessError, NetworkError, ProtocolError, storage_errors
 from forge.files import hash_file
+from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, proof_message
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 from node.connection import (
     Patience,
@@ -29,12 +30,14 @@ from node.connection import (
     asks_again,
     details,
     forge_error,
+    is_foreign,
     is_transient,
     may_be_dead,
-    open_channel,
     retrying,
     why,
 )
+from node.identity import Identity
+from node.link import Link
 from node.machine import MachineProfile
 from node.messages import Assignment, Blob, Done, Joined, Order, Progress, Receipt, RunSummary, Verdict, Wait
 
@@ -56,8 +59,8 @@ class FleetClient:
     """One node's connection to its coordinator.
 
     Args:
-        address: `HOST:PORT`.
-        public_key: the node's Ed25519 public key, 32 raw bytes.
+        link: where the coordinator is and how it is known.
+        identity: the node's key.
         name: the node's name, for people to read.
         ram_bytes: what the owner allows.
         on_wait: told in one sentence what is waited for, before every pause.
@@ -66,11 +69,11 @@ class FleetClient:
         sleep: pauses for that many seconds.
     """
 
-    def __init__(self, address: str, *, public_key: bytes, name: str, ram_bytes: int, on_wait: Callable[[str], None],
+    def __init__(self, link: Link, *, identity: Identity, name: str, ram_bytes: int, on_wait: Callable[[str], None],
                  version: str = "", patience: Patience | None = None,
                  sleep: Callable[[float], None] = time.sleep) -> None:  # fmt: skip
-        self.address = address
-        self._public_key = public_key
+        self._link = link
+        self._identity = identity
         self._name = name
         self._ram_bytes = ram_bytes
         self._version = version
@@ -80,23 +83,31 @@ class FleetClient:
         self._credential = ""
         self._machine: MachineProfile | None = None
         self._run_id: str | None = None
-        self._channel = open_channel(address)
-        self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        self._channel: grpc.Channel | None = None
+        self._stub: Any = None
+
+    @property
+    def address(self) -> str:
+        """Where the coordinator answers, `HOST:PORT`."""
+        return self._link.address
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
 
     def join(self, machine: MachineProfile) -> Joined:
         """Register this node; the same key always becomes the same node.
 
         Raises:
             NetworkError: nobody answers within `FIRST_CONNECTION_SECONDS`.
-            ProtocolError: the coordinator speaks another version, or refuses this node.
+            ProtocolError: the coordinator speaks another version.
+            AccessError: it refuses this node, or is not the one that this node knows.
         """
         self._machine = machine
         limit = self._patience.first_connection if self._run_id is None else None
         response = self._retry("to join", self._join_once, limit)
+        self._link.remember()
         return Joined(node_id=response.node_id, run=RunSummary(
             run_id=response.run.run_id, name=response.run.name, phase=response.run.phase,
             config_fingerprint=response.run.config_fingerprint, config_json=response.run.config_json))  # fmt: skip
@@ -237,9 +248,14 @@ class FleetClient:
 
     def _join_once(self) -> pb.JoinResponse:
         assert self._machine is not None
-        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=self._public_key, name=self._name,
+        if self._channel is None:
+            self._connect()
+        key = self._identity.public_key
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=key, name=self._name,
                                  machine=self._profile(self._machine))  # fmt: skip
-        response: pb.JoinResponse = self._stub.Join(request, timeout=self._patience.unary)
+        headers = [(KEY_HEADER, key), (PROOF_HEADER, self._identity.sign(proof_message(self._link.ca_fingerprint)))]
+        headers += [(SECRET_HEADER, self._link.secret)] if self._link.secret is not None else []
+        response: pb.JoinResponse = self._stub.Join(request, timeout=self._patience.unary, metadata=headers)
         theirs = response.run.protocol_version
         if theirs != PROTOCOL_VERSION:
             raise ProtocolError(f"The coordinator at {self.address} speaks version {theirs} of the protocol and this "
@@ -331,6 +347,9 @@ class FleetClient:
             if limit is not None and asks_again(error):
                 raise NetworkError(f"The coordinator at {self.address} cannot take this node (tried for {limit:.0f} s): "
                                    f"{details(error)}; run the same command again later.") from error  # fmt: skip
+            if limit is not None and is_foreign(error):
+                raise AccessError(f"The certificate of the coordinator at {self.address} is not valid: check the clocks of "
+                                  "both machines, and the address.", detail=details(error)) from error  # fmt: skip
             if limit is not None and is_transient(error):
                 raise NetworkError(
                     f"No coordinator answers at {self.address} (tried for {limit:.0f} s): start one there with "
@@ -340,12 +359,16 @@ class FleetClient:
     def _before_pause(self, what: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         pause = state.next_action.sleep if state.next_action is not None else 0.0
-        if may_be_dead(error):
-            old, self._channel = self._channel, open_channel(self.address)
-            self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        if may_be_dead(error) and self._channel is not None:
+            old = self._channel
+            self._connect()
             old.close()
         self._on_wait(
             f"waiting for the coordinator at {self.address} {what}: {why(error)}; trying again in {pause:.1f} s")
+
+    def _connect(self) -> None:
+        self._channel = self._link.open()
+        self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
 
     def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return (("forge-credential", self._credential),)

@@ -20,6 +20,10 @@ from tenacity import (
 )
 
 from forge.errors import BY_CODE, ForgeError, NetworkError, ProtocolError
+from forge.invitation import RETRY_HEADER, SERVER_NAME
+
+#: Longest pause that a coordinator can ask for.
+LONGEST_RETRY_SECONDS = 60.0
 
 _TRANSIENT = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED,
@@ -75,16 +79,25 @@ class Watchdog:
         self._thread.join()
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """A channel that connects anew quickly after its coordinator was away."""
+def open_channel(address: str, ca: bytes | None = None) -> grpc.Channel:
+    """A channel that connects anew quickly after its coordinator was away.
+
+    Args:
+        address: `HOST:PORT`.
+        ca: the one CA, in PEM, whose servers are trusted; None does not encrypt.
+    """
     host = address.rpartition(":")[0]
     local = host in ("localhost", "[::1]") or host.startswith("127.")
-    return grpc.insecure_channel(address, options=[
+    options: list[tuple[str, Any]] = [
         ("grpc.use_local_subchannel_pool", 1),  # a new channel must mean a new connection
         ("grpc.initial_reconnect_backoff_ms", 500),
         ("grpc.max_reconnect_backoff_ms", 5000),  # the default, two minutes, outlasts every restart of a coordinator
         ("grpc.enable_http_proxy", 0 if local else 1),
-    ])  # fmt: skip
+    ]
+    if ca is None:
+        return grpc.insecure_channel(address, options=options)
+    options.append(("grpc.ssl_target_name_override", SERVER_NAME))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca), options=options)
 
 
 def retrying(patience: Patience, limit: float | None, before_pause: Callable[[RetryCallState], None],
@@ -93,9 +106,10 @@ def retrying(patience: Patience, limit: float | None, before_pause: Callable[[Re
     first, longest = patience.backoff
     if limit is not None:
         longest = min(longest, limit / 5)  # several tries within the limit, and not far beyond it
+    grows = wait_exponential(multiplier=first, max=longest) + wait_random(0, first)
     return Retrying(
         retry=retry_if_exception(is_transient),
-        wait=wait_exponential(multiplier=first, max=longest) + wait_random(0, first),
+        wait=lambda state: max(grows(state), retry_after(state.outcome.exception() if state.outcome else None)),
         stop=stop_never if limit is None else stop_after_delay(limit),
         before_sleep=before_pause, sleep=sleep, reraise=True)  # fmt: skip
 
@@ -108,13 +122,35 @@ def is_transient(error: BaseException) -> bool:
         return "closed channel" in str(error)  # another thread replaced the channel at this very moment
     if not isinstance(error, grpc.RpcError):
         return False
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return asks_again(error)
     # A connection that is cut in the middle of a stream may surface as INTERNAL.
     return error.code() in _TRANSIENT or (error.code() == grpc.StatusCode.INTERNAL and "RST_STREAM" in details(error))
 
 
 def asks_again(error: BaseException) -> bool:
     """Whether the coordinator itself answered that the call may be made again later."""
-    return isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.ABORTED
+    if not isinstance(error, grpc.RpcError):
+        return False
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:  # The status also of a message that is too large.
+        return retry_after(error) > 0 or "Concurrent RPC" in details(error)
+    return error.code() == grpc.StatusCode.ABORTED
+
+
+def retry_after(error: BaseException | None) -> float:
+    """Seconds after which the coordinator wants to be asked again, 0 when it said nothing."""
+    trailing: Any = error.trailing_metadata() if isinstance(error, grpc.RpcError) else None
+    try:
+        seconds = float(dict(trailing or ()).get(RETRY_HEADER, 0))
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_SECONDS) if seconds == seconds else 0.0
+
+
+def is_foreign(error: BaseException | None) -> bool:
+    """Whether a connection failed because who answered is not the coordinator that this node knows."""
+    said = details(error) if isinstance(error, grpc.RpcError) else ""
+    return "CERTIFICATE_VERIFY_FAILED" in said or "WRONG_VERSION_NUMBER" in said
 
 
 def may_be_dead(error: BaseException | None) -> bool:
@@ -133,12 +169,14 @@ def why(error: BaseException | None) -> str:
     if not isinstance(error, grpc.RpcError):
         return str(error)
     code = error.code()
-    if code == grpc.StatusCode.ABORTED:
+    if code in (grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED):
         return details(error) or "it asks to try again"
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
     if code == grpc.StatusCode.CANCELLED:
         return "no bytes for too long"
+    if is_foreign(error):
+        return "what answers there is not the coordinator that this node joined"
     return "it cannot be reached" if "onnect" in details(error) else "the connection was cut"
 
 

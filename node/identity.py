@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-import uuid
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from forge.errors import StorageError, storage_errors
-from forge.files import TEMPORARY_SUFFIX
+from forge.files import create_private
 
 KEY_FILE = "node.key"
 KEY_BYTES = 32
@@ -39,7 +38,7 @@ class Identity:
         path = data_dir / KEY_FILE
         with storage_errors(path):
             if not path.exists():
-                _write_private(path, Ed25519PrivateKey.generate().private_bytes_raw())
+                create_private(path, Ed25519PrivateKey.generate().private_bytes_raw())
             os.chmod(path, 0o600)
             private_bytes = path.read_bytes()
         if len(private_bytes) != KEY_BYTES:
@@ -56,17 +55,3 @@ class Identity:
         """The Ed25519 signature of `data`, 64 bytes."""
         return self._key.sign(data)
 
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Write `data` atomically to a file that never was readable by anybody else."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

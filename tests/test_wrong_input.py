@@ -24,9 +24,11 @@ from forge.checkpoint.assembly import arrived
 from forge.checkpoint.shard import write_shard
 from forge.errors import BY_CODE
 from forge.files import RunDirectory, hash_file
+from forge.invitation import Invitation
 from node.cache import Cache, Submission
 from node.client import FleetClient
 from node.identity import Identity
+from node.link import Link
 from node.machine import MachineProfile
 from node.messages import Assignment
 from tests.commands import DOCUMENTED, Outcome, is_one_sentence, run, start, tree, worked, write_inputs
@@ -71,8 +73,17 @@ WRONG = [
     (f"{SERVE} --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
     ("forge-coordinator serve --config tiny.yaml --listen here", "config", ["--listen 'here'", "HOST:PORT"]),
     (f"{SERVE} --push tiny", "config", ["--push 'tiny'", "USER/REPO"]),
-    ("forge-coordinator status NOBODY", "network", ["No coordinator answers at NOBODY", "start one"]),
+    ("forge-coordinator status", "network", ["No coordinator runs in a directory below runs", "start one"]),
     ("forge-coordinator status --run-dir nowhere", "network", ["No coordinator runs in nowhere", "start one"]),
+    ("forge-coordinator token create --run-dir nowhere", "config", ["nobody knows its address", "--address HOST:PORT"]),
+    ("forge-coordinator token create --run-dir nowhere --expires soon", "config", ["--expires 'soon'", "7d"]),
+    ("forge-coordinator token create --run-dir nowhere --address here", "config", ["--address 'here'", "HOST:PORT"]),
+    ("forge-coordinator token list --run-dir nowhere", "storage", ["nowhere is not a coordinator's run directory"]),
+    ("forge-coordinator nodes revoke me --run-dir nowhere", "storage", ["nowhere is not a coordinator's run directory"]),
+    ("forge-coordinator serve --config tiny.yaml --listen 0.0.0.0:0 --insecure", "config", ["0.0.0.0", "say it twice"]),
+    ("forge-node join forge1_AbCdEf", "config", ["damaged or not complete", "copy the whole string"]),
+    ("forge-node join 127.0.0.1 --token secret", "config", ["damaged or not complete", "begins with forge1_"]),
+    ("forge-node join 192.0.2.1 --insecure", "config", ["--insecure", "192.0.2.1", "say it twice"]),
     ("forge-node join http://here", "config", ["'http://here'", "HOST:PORT"]),
     ("forge-node join 127.0.0.1 --ram much", "config", ["'much' is not a size", "8G"]),
     ("forge-node join 127.0.0.1 --ram 900T", "memory", ["--ram asks for", "give at most --ram"]),
@@ -95,9 +106,16 @@ def test_a_coordinator_that_is_down(desk: Path) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        outcome = run(f"forge-node join {address} --ram 1G --data-dir node", desk)
+        invitation = Invitation(addresses=[address], fingerprint=bytes(32), secret=bytes(32)).encode()
+        outcome = run(f"forge-node join {invitation} --ram 1G --data-dir node", desk)
     is_one_sentence(outcome, "network", f"No coordinator answers at {address}", "start one there", "check the address")
     assert "trying again in" in outcome.out
+    assert set(tree(desk / "node")) == {"node.key", "node.lock"}
+
+
+def test_a_node_that_nobody_invited(desk: Path) -> None:
+    outcome = run("forge-node join 127.0.0.1 --ram 1G --data-dir node", desk)
+    is_one_sentence(outcome, "access", "has not joined a coordinator before", "`forge-coordinator token create`")
     assert set(tree(desk / "node")) == {"node.key", "node.lock"}
 
 
@@ -157,7 +175,7 @@ def test_a_read_only_disk(road: Road, tmp_path: Path) -> None:
 @needs_disk
 def test_a_full_disk_under_a_new_coordinator(desk: Path) -> None:
     with disk(desk / "disk", "60k") as full:
-        for size, where in (("60k", "disk/run/forge.db"), ("160k", "disk/run/data")):
+        for size, where in (("60k", "disk/run/forge.db"), ("200k", "disk/run/data")):
             full.remount(f"size={size}")
             outcome = run(f"{SERVE} --run-dir disk/run", desk, full)
             is_one_sentence(outcome, "storage", f"{where} is full: free some space")
@@ -184,6 +202,8 @@ class Fleet:
     desk: Path
     run: RunDirectory
     address: str
+    #: An invitation for every node of the tests.
+    token: str
     process: subprocess.Popen[str]
     log: Path
     disk: Disk | None
@@ -199,14 +219,15 @@ class Fleet:
 
     def partitions(self) -> list[dict[str, Any]]:
         """What the coordinator says of them."""
-        status = json.loads(worked(run(f"forge-coordinator status {self.address} --json", self.desk)).out)
+        status = json.loads(worked(run("forge-coordinator status --run-dir disk/run --json", self.desk, self.disk)).out)
         return list(status["partitions"])
 
     def finished_node(self, name: str, spoil: Callable[[Path, Path], object]) -> str:
         """The command of a node that has trained an expert, whose shard `spoil` copies from a good one."""
         data_dir = self.desk / name
         identity = Identity.open(data_dir)
-        client = FleetClient(self.address, public_key=identity.public_key, name=name, ram_bytes=1 << 30, on_wait=print)
+        link = Link(data_dir=data_dir, invitation=Invitation.parse(self.token))
+        client = FleetClient(link, identity=identity, name=name, ram_bytes=1 << 30, on_wait=print)
         joined = client.join(MachineProfile.measure("cpu"))
         work = client.lease([])
         client.close()
@@ -218,7 +239,7 @@ class Fleet:
                                 size=shard.stat().st_size, shard=str(shard), manifest="")  # fmt: skip
         manifest = asdict(submission) | {"run_id": joined.run.run_id, "tokens_seen": 8192}
         cache.submit(Submission(**asdict(submission) | {"manifest": json.dumps(manifest)}))
-        return f"forge-node join {self.address} --ram 1G --threads 1 --once --data-dir {name}"
+        return f"forge-node join --ram 1G --threads 1 --once --data-dir {name}"
 
 
 @pytest.fixture(scope="module")
@@ -238,10 +259,13 @@ def fleet(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
             (seen / "run" / "blobs" / shard.name).unlink()
         log = desk / "log"
         process = start(f"{SERVE} --run-dir disk/run", desk, mounted, output=log)
-        fleet = Fleet(desk, RunDirectory(seen / "run"), "", process, log, mounted, shards)
+        fleet = Fleet(desk, RunDirectory(seen / "run"), "", "", process, log, mounted, shards)
         try:
             fleet.says("nodes can train experts now")
             fleet.address = json.loads((seen / "run" / "coordinator.json").read_text())["address"]
+            made = run("forge-coordinator token create --run-dir disk/run --uses 20", desk, mounted)
+            assert made.code == 0, made
+            fleet.token = made.out.strip()
             yield fleet
         finally:
             process.terminate()
@@ -258,7 +282,7 @@ def fleet(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
 
 def test_a_coordinator_of_another_version(fleet: Fleet) -> None:
     other = ("import forge.vocabulary as words; words.PROTOCOL_VERSION = 99; from node.cli import main; "
-             f"main(['join', '{fleet.address}', '--ram', '1G', '--data-dir', 'other'])")  # fmt: skip
+             f"main(['join', '{fleet.token}', '--ram', '1G', '--data-dir', 'other'])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", other], cwd=fleet.desk, capture_output=True, text=True)
     is_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "protocol", "coordinator speaks version 1",
                     "this node version 99", "install the same version")  # fmt: skip
@@ -267,9 +291,9 @@ def test_a_coordinator_of_another_version(fleet: Fleet) -> None:
 
 def test_too_little_memory_for_the_run(fleet: Fleet) -> None:
     before = fleet.partitions()
-    outcome = run(f"forge-node join {fleet.address} --ram 64M --data-dir poor", fleet.desk)
+    outcome = run(f"forge-node join {fleet.token} --ram 64M --data-dir poor", fleet.desk)
     is_one_sentence(outcome, "memory", "--ram allows 64M", "use --ram ", "M or more.")
-    assert set(tree(fleet.desk / "poor")) == {"node.key", "node.lock"}
+    assert set(tree(fleet.desk / "poor")) == {"node.key", "node.lock", "coordinators.json"}
     assert fleet.partitions() == before
 
 
@@ -323,7 +347,7 @@ def test_a_bad_shard(kind: str, fleet: Fleet) -> None:
 
 @needs_disk
 def test_a_full_disk_under_a_download(fleet: Fleet, tmp_path: Path) -> None:
-    command = f"forge-node join {fleet.address} --ram 1G --threads 1 --once --data-dir disk"
+    command = f"forge-node join {fleet.token} --ram 1G --threads 1 --once --data-dir disk"
     with disk(tmp_path / "disk", "1m") as small:
         outcome = run(command, tmp_path, small)
         is_one_sentence(outcome, "storage", "The disk that holds", "disk/blobs is full", "MB are needed", "free some space")

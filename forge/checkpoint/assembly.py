@@ -85,6 +85,35 @@ def accept(run: RunDirectory, partition: int, shard_sha256: str, credit: Mapping
         _write(run, published, experts, held.get("calibration"))
 
 
+def withdraw(run: RunDirectory, partition: int) -> None:
+    """Take an expert out again: its placeholder, then the index, then the manifest. Idempotent.
+
+    A calibration goes with it: it was measured on a model that held this expert.
+
+    Raises:
+        StorageError: the assembly was not started, or the directory cannot be written.
+    """
+    published = _published(run)
+    with _changing:
+        held = _manifest(run.model)
+        if not held:
+            raise StorageError(f"{run.model} holds no assembled model: start the assembly first.")
+        _write_placeholder(run, partition, published["shared_ffn"]["sha256"])
+        _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
+        experts = [_row(held if other != partition else {}, other) for other in range(run.config.model.n_experts)]
+        _write(run, published, experts, None)
+
+
+def placed(model_dir: Path) -> dict[int, str]:
+    """Partitions whose expert is in place, as the manifest says -> sha256. Reads no expert; see `arrived`.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    rows = _manifest(model_dir).get("experts", [])
+    return {int(row["partition"]): str(row["sha256"]) for row in rows if row["sha256"] is not None}
+
+
 def arrived(model_dir: Path) -> dict[int, str]:
     """Partitions whose expert has arrived -> sha256 of the shard that is in place.
 

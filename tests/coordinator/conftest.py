@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.quotas import Limits
 from coordinator.serve import Coordinator
 from coordinator.state import State
 from forge.files import RunDirectory
@@ -45,11 +46,13 @@ class World:
     def run_id(self) -> str:
         return self.run.run_id
 
-    def start(self, *, listen: str = "127.0.0.1:0", push: str | None = None, exit_when_done: bool = False) -> Coordinator:
-        self.coordinator = Coordinator(CONFIG, self.root, listen, push=push, exit_when_done=exit_when_done,
-                                       run_job=self.jobs, echo=self.said.append, clock=self.clock)  # fmt: skip
-        self.coordinator.start()
-        return self.coordinator
+    def start(self, *, listen: str = "127.0.0.1:0", push: str | None = None, exit_when_done: bool = False,
+              insecure: int = 0, limits: Limits | None = None) -> Coordinator:  # fmt: skip
+        coordinator = Coordinator(CONFIG, self.root, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
+                                  run_job=self.jobs, echo=self.said.append, clock=self.clock, limits=limits)  # fmt: skip
+        coordinator.start()
+        self.coordinator = coordinator
+        return coordinator
 
     def stop(self) -> None:
         for node in self.nodes:
@@ -62,7 +65,7 @@ class World:
     def node(self, name: str) -> FakeNode:
         """A node that has joined a coordinator which takes experts."""
         assert self.coordinator is not None
-        node = FakeNode(self.coordinator.address, name)
+        node = FakeNode(self.coordinator.address, name, self.root)
         self.nodes.append(node)
         until(lambda: node.join().run.phase in ("experts", "evaluate", "done"))
         until(lambda: node.join().run.phase != "evaluate" or self.run.marker("publish") is None)

@@ -16,9 +16,12 @@ from modularforge.v1 import fleet_pb2_grpc
 import numpy as np
 from safetensors.numpy import save
 
+from coordinator.authority import ca_certificate
+from coordinator.invite import create_token
 from coordinator.jobs import OnProgress
 from forge.config import RunConfig, parse_config
 from forge.files import RunDirectory, write_json
+from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, SERVER_NAME, Invitation, proof_message
 from forge.model import names
 from forge.vocabulary import CHUNK_BYTES, END_OF_TEXT, PROTOCOL_VERSION, SHARD_FORMAT_VERSION
 
@@ -73,6 +76,12 @@ def make_shard(run: RunDirectory, partition: int, seed: int = 0, poison: bool = 
         "run_id": run.run_id, "config_fingerprint": CONFIG.fingerprint, "partition": str(partition),
         "shared_sha256": published["shared"]["sha256"], "tokens_seen": "1000", "final_loss": "3.5",
         "format_version": SHARD_FORMAT_VERSION, **changed}))  # fmt: skip
+
+
+def invite(root: Path, *, uses: int = 1, expires: str = "7d") -> Invitation:
+    """An invitation to the run in a directory, whether its coordinator runs or not."""
+    text, _ = create_token(root, uses=uses, expires=expires, name="", addresses=["127.0.0.1:1"])
+    return Invitation.parse(text)
 
 
 def sha256_of(data: bytes) -> str:
@@ -134,13 +143,16 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 class FakeNode:
-    """A node over real gRPC: a key, a credential, and the calls."""
+    """A node over real gRPC and TLS: a key, an invitation of the run in `root`, a credential, and the calls."""
 
-    def __init__(self, address: str, name: str) -> None:
+    def __init__(self, address: str, name: str, root: Path, invitation: Invitation | None = None) -> None:
         self.name = name
+        self.invitation = invitation or invite(root)
         self.key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
         self.public_key = self.key.public_key().public_bytes_raw()
-        self.channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self.channel = grpc.secure_channel(
+            address, grpc.ssl_channel_credentials(ca_certificate(root)),
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", SERVER_NAME)])  # fmt: skip
         self.stub = fleet_pb2_grpc.FleetServiceStub(self.channel)
         self.credential = ""
 
@@ -148,9 +160,16 @@ class FakeNode:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("forge-credential", self.credential),)
 
+    @property
+    def joining(self) -> tuple[tuple[str, bytes], ...]:
+        """The headers of a Join."""
+        proof = self.key.sign(proof_message(self.invitation.fingerprint))
+        return (KEY_HEADER, self.public_key), (PROOF_HEADER, proof), (SECRET_HEADER, self.invitation.secret)
+
     def join(self) -> pb.JoinResponse:
-        response: pb.JoinResponse = self.stub.Join(pb.JoinRequest(
-            protocol_version=PROTOCOL_VERSION, public_key=self.public_key, name=self.name), wait_for_ready=True)  # fmt: skip
+        response: pb.JoinResponse = self.stub.Join(
+            pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=self.public_key, name=self.name),
+            metadata=self.joining, wait_for_ready=True)  # fmt: skip
         self.credential = response.credential
         return response
 

@@ -22,13 +22,13 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
     node = world.node("laptop")
     assignment, shard = node.lease(1), make_shard(world.run, 1)
     node.heartbeat(assignment.lease_id)
-    shown = CliRunner().invoke(main, ["status", world.coordinator.address])
+    shown = CliRunner().invoke(main, ["status", "--run-dir", str(world.root)])
     assert shown.exit_code == 0
     assert "3/9" in shown.output
     node.hand_in(assignment, shard, world.run_id)
     node.verdict(assignment, shard, world.run_id)
     until(lambda: world.jobs.calls.count("evaluate") == 2 and "with 1 experts" in CliRunner().invoke(
-        main, ["status", world.coordinator.address]).output)  # type: ignore[union-attr]
+        main, ["status", "--run-dir", str(world.root)]).output)
     answer = json.loads(CliRunner().invoke(main, ["status", "--json", "--run-dir", str(world.root)]).output)
     assert answer["partitions"][1] | {"progress": None} == {
         "partition": 1, "state": "accepted", "tokens": "1001", "node_name": "laptop", "loss": 3.0, "shared_loss": 3.5,

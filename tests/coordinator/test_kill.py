@@ -71,7 +71,7 @@ def test_a_coordinator_killed_in_every_phase_goes_on(processes: Processes) -> No
         assert processes.start(stage).wait(20) == -signal.SIGKILL
 
     process = processes.start("validate")
-    node = working(FakeNode(processes.address(process), "laptop"))
+    node = working(FakeNode(processes.address(process), "laptop", processes.root))
     run = RunDirectory(processes.root)
     shards = [make_shard(run, partition) for partition in range(3)]
     first = node.lease()
@@ -81,7 +81,7 @@ def test_a_coordinator_killed_in_every_phase_goes_on(processes: Processes) -> No
     process.wait(20)
 
     process = processes.start("validate")
-    node = working(FakeNode(processes.address(process), "laptop"))
+    node = working(FakeNode(processes.address(process), "laptop", processes.root))
     assert node.lease().lease_id == first.lease_id
     assert node.open(first.lease_id, shards[0]).offset == 1000
     assert node.hand_in(first, shards[0], run.run_id).verdict == pb.Receipt.VERDICT_PENDING
@@ -89,7 +89,7 @@ def test_a_coordinator_killed_in_every_phase_goes_on(processes: Processes) -> No
     assert processes.start("evaluate").wait(20) == -signal.SIGKILL
 
     process = processes.start()
-    node = working(FakeNode(processes.address(process), "laptop"))
+    node = working(FakeNode(processes.address(process), "laptop", processes.root))
     for partition, shard in enumerate(shards):
         assignment = first if partition == 0 else node.lease(partition)
         node.hand_in(assignment, shard, run.run_id)

@@ -47,7 +47,7 @@ def processes(tmp_path: Path, hub: FakeHub) -> Iterator[Processes]:
 
 def hand_in(processes: Processes, process: subprocess.Popen[bytes], *partitions: int) -> None:
     """A node comes, and hands in the experts of these partitions; all are accepted."""
-    node = working(FakeNode(processes.address(process), "laptop"))
+    node = working(FakeNode(processes.address(process), "laptop", processes.root))
     run = RunDirectory(processes.root)
     for partition in partitions:
         assignment, shard = node.lease(partition), make_shard(run, partition)

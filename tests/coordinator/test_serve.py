@@ -25,8 +25,9 @@ def test_a_run_goes_from_nothing_to_done(make_world: Callable[[], World]) -> Non
     world = make_world()
     coordinator = world.start(exit_when_done=True)
     assert json.loads((world.root / "coordinator.json").read_text()) == {
-        "address": coordinator.address, "pid": os.getpid()}  # fmt: skip
-    assert any(f"forge-node join {coordinator.address}" in line for line in world.said)
+        "address": coordinator.address, "addresses": [coordinator.address], "pid": os.getpid(),
+        "encrypted": True}  # fmt: skip
+    assert any(f"forge-coordinator token create --run-dir {world.root}" in line for line in world.said)
     assert not any("WARNING" in line for line in world.said)
     node = world.node("laptop")
     for partition in range(3):
@@ -73,7 +74,7 @@ def test_the_same_command_goes_on_in_every_phase(make_world: Callable[[], World]
     world.stop()
 
     coordinator = world.start()
-    again = FakeNode(coordinator.address, "laptop")
+    again = FakeNode(coordinator.address, "laptop", world.root)
     world.nodes.append(again)
     again.credential = credential
     until(lambda: again.ask().WhichOneof("answer") == "assignment")
@@ -147,11 +148,18 @@ def test_a_repo_must_look_like_one(make_world: Callable[[], World]) -> None:
         make_world().start(push="nonsense")
 
 
-def test_listening_for_other_machines_warns(make_world: Callable[[], World]) -> None:
+def test_plaintext_is_asked_for_and_for_other_machines_twice(make_world: Callable[[], World]) -> None:
     world = make_world()
-    world.start(listen="0.0.0.0:0")
-    assert any("neither encrypted nor authenticated" in line for line in world.said)
-    assert not any("join 0.0.0.0" in line or "join:  forge-node join 0.0.0.0" in line for line in world.said)
+    with pytest.raises(ConfigError, match="say it twice"):
+        world.start(listen="0.0.0.0:0", insecure=1)
+    assert not world.root.exists()
+    world.start(listen="0.0.0.0:0", insecure=2)
+    assert any("WARNING: nothing is encrypted" in line for line in world.said)
+    other = make_world()
+    other.start(listen="0.0.0.0:0")
+    assert not any("WARNING" in line for line in other.said)
+    addresses = json.loads((other.root / "coordinator.json").read_text())["addresses"]
+    assert addresses and not any(address.startswith("0.0.0.0") for address in addresses)
 
 
 def test_a_stage_whose_process_died_is_started_again_a_few_times(make_world: Callable[[], World],

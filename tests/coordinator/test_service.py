@@ -50,7 +50,7 @@ def test_a_wrong_introduction_is_refused_in_one_sentence(world: World, changed: 
                                                          status: grpc.StatusCode, words: str) -> None:  # fmt: skip
     node = world.node("laptop")
     fields = {"protocol_version": PROTOCOL_VERSION, "public_key": node.public_key, "name": "x", **changed}
-    code, error, sentence = refusal(lambda: node.stub.Join(pb.JoinRequest(**fields)))
+    code, error, sentence = refusal(lambda: node.stub.Join(pb.JoinRequest(**fields), metadata=node.joining))
     assert (code, error) == (status, "protocol")
     assert words in sentence
 
@@ -169,7 +169,7 @@ def test_waiting_nodes_hear_what_they_wait_for(make_world: Callable[[], World]) 
     proceed: list[str] = []
     world.jobs.before = lambda what: until(lambda: what != "shared" or proceed)
     coordinator = world.start()
-    node = FakeNode(coordinator.address, "early")
+    node = FakeNode(coordinator.address, "early", world.root)
     world.nodes.append(node)
     assert node.join().run.phase in ("prepare", "shared")
     wait = until(lambda: w if (w := node.ask().wait).reason.startswith("the coordinator is training") else None)
@@ -223,7 +223,14 @@ def test_what_a_peer_sends_is_bounded(world: World) -> None:
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     machine = pb.MachineProfile(hostname="h" * 100_000 + "\x1b[2J", cores=4, memory_bytes=(1 << 64) - 1)
     node.stub.Join(pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=node.public_key, name="x",
-                                  machine=machine))  # fmt: skip
+                                  machine=machine), metadata=node.joining)  # fmt: skip
+    machine.platform = "p" * 100_000
+    assert refusal(lambda: node.stub.Lease(pb.LeaseRequest(machine=machine), metadata=node.metadata))[0] == (
+        grpc.StatusCode.INVALID_ARGUMENT)  # fmt: skip
+    lease_id = node.lease().lease_id
+    node.open(lease_id, bytes(CHUNK_BYTES), size=2000)
+    long = pb.UploadRequest(lease_id=lease_id, sha256=sha256_of(bytes(CHUNK_BYTES)), data=bytes(CHUNK_BYTES + 1))
+    assert "A chunk has at most" in refusal(lambda: node.stub.Upload(iter([long]), metadata=node.metadata))[2]
     held = world.coordinator._desk.state.nodes()[0].machine  # type: ignore[union-attr]
     assert (len(held["hostname"]), held["memory_bytes"]) == (200, (1 << 63) - 1)
     empty = iter(())

@@ -7,6 +7,7 @@ import pytest
 from node.client import FleetClient
 from node.connection import Patience
 from node.identity import Identity
+from node.link import Link
 from node.machine import MachineProfile
 
 from .fakes import FakeCoordinator
@@ -34,7 +35,7 @@ def connect(said: list[str]) -> Iterator[Callable[..., FleetClient]]:
 
     def make(address: str, identity: Identity | None = None, stream: float = 10.0, unary: float = 10.0) -> FleetClient:
         clients.append(FleetClient(
-            address, public_key=(identity or Identity(bytes(32))).public_key, name="tester", ram_bytes=1 << 33,
+            Link(address, insecure=1), identity=identity or Identity(bytes(32)), name="tester", ram_bytes=1 << 33,
             on_wait=said.append,
             patience=Patience(unary=unary, stream=stream, first_connection=0.5, goodbye=1.0,
                               backoff=(0.02, 0.1))))  # fmt: skip

@@ -58,6 +58,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.stall_fetch: list[int] = []
         self.cut_upload: list[int] = []
         self.lost_replies: dict[str, int] = {}
+        self.too_soon: dict[str, float] = {}  # call -> seconds after which it may be made again
         self.refusals: dict[str, tuple[grpc.StatusCode, str, str]] = {}
         self.changed = threading.Condition()
         self.port = 0
@@ -94,6 +95,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
             status, code, sentence = self.refusals[name]
             context.set_trailing_metadata((("forge-error-code", code),))
             context.abort(status, sentence)
+        if name in self.too_soon:
+            context.set_trailing_metadata((("forge-retry-after", f"{self.too_soon[name]:.3f}"),))
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls")
         metadata = {str(key): str(value) for key, value in context.invocation_metadata()}
         if credential and metadata.get("forge-credential") not in self.credentials:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown credential")

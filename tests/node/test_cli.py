@@ -49,7 +49,7 @@ def _agent(start: object, coordinator: FakeCoordinator, data_dir: Path, *hold_at
 
 def test_coordinator_of_another_version(start: object, coordinator: FakeCoordinator) -> None:
     coordinator.protocol_version = 99
-    code, _, err = _join(start, coordinator.address, "--ram", "1G")
+    code, _, err = _join(start, coordinator.address, "--ram", "1G", "--insecure")
     assert code == 8 and err.startswith("error: ") and "version 99" in err
 
 

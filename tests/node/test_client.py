@@ -183,6 +183,24 @@ def test_aborted_calls_are_repeated(client: FleetClient, coordinator: FakeCoordi
     assert "busy" in said[0]
 
 
+@pytest.mark.parametrize(("asked", "obeyed"), [(7.5, 7.5), (1e9, 60.0), (float("nan"), 0.0)])
+def test_a_call_that_came_too_soon_is_made_again_when_the_coordinator_says(
+        client: FleetClient, coordinator: FakeCoordinator, said: list[str], asked: float, obeyed: float) -> None:  # fmt: skip
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        coordinator.too_soon.clear()
+
+    client._sleep, coordinator.too_soon = sleep, {"Lease": asked}
+    if not obeyed:  # Nothing that can be obeyed: then the status means what it means elsewhere, and it is no use to wait.
+        with pytest.raises(ProtocolError, match="too many calls"):
+            client.lease([])
+        return
+    assert isinstance(client.lease([]), Assignment)
+    assert obeyed <= slept[0] < obeyed + 1 and "too many calls" in said[0]
+
+
 def test_a_coordinator_that_cannot_take_a_node_is_not_one_that_is_down(
         coordinator: FakeCoordinator, connect: Connect, machine: MachineProfile) -> None:  # fmt: skip
     coordinator.refusals["Join"] = (grpc.StatusCode.ABORTED, "storage", "its disk is full")

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class FleetServiceStub(object):
     """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
     """
 
     def __init__(self, channel):
@@ -79,6 +83,10 @@ class FleetServiceStub(object):
 
 class FleetServiceServicer(object):
     """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
     """
 
     def Join(self, request, context):
@@ -190,6 +198,10 @@ def add_FleetServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class FleetService(object):
     """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
     """
 
     @staticmethod

@@ -31,7 +31,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FleetServiceStub:
-    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`."""
+    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -56,7 +61,12 @@ class FleetServiceStub:
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
-    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`."""
+    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Join: _aio.UnaryUnaryMultiCallable[_fleet_pb2.JoinRequest, _fleet_pb2.JoinResponse]  # type: ignore[assignment]
@@ -77,7 +87,12 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """Give a lease back unfinished."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`."""
+    """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
+
+    Join carries `forge-key-bin` (the public key), `forge-proof-bin` (its signature, see forge/invitation.py) and, from a node
+    that is not known yet, `forge-invitation-bin` (the secret): they are judged before the message is read. A call that is
+    refused with RESOURCE_EXHAUSTED may be made again after `forge-retry-after` seconds, in the trailing metadata.
+    """
 
     @_abc_1.abstractmethod
     def Join(

@@ -1,0 +1,93 @@
+"""How much one node may ask for: calls in a second, and bytes on their way at one time. Leases are bounded in the state.
+
+The numbers are far above what a node of ours does. A node that meets one is told when to come again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+import threading
+import time
+
+from forge.errors import ProtocolError
+
+
+class QuotaError(ProtocolError):
+    """A node asks for too much at once.
+
+    Args:
+        message: the sentence.
+        retry_seconds: when the same call may be made again.
+    """
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one node may have."""
+
+    calls_per_second: float = 50.0
+    """In the long run. A node that trains makes a call every few seconds, one that waits or transfers a few a second."""
+    burst: float = 500.0
+    """Calls that may come at once after a quiet time."""
+    bytes_in_flight: int = 1 << 30
+    """Of all transfers that run at one time; a single one may be larger. A node of ours has one, and for half a minute
+    a second one, after its connection broke in silence."""
+    retry_seconds: float = 5.0
+    """When a transfer that was too much may be tried again."""
+
+
+class Quotas:
+    """What every node has left. In memory: a coordinator that starts anew begins with full buckets.
+
+    Args:
+        limits: of each node.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._clock = limits, clock
+        self._lock = threading.Lock()
+        self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted
+        self._flying: dict[str, int] = {}
+
+    def call(self, node_id: str) -> None:
+        """Count a call of a node that is known (a stranger would fill the memory with names).
+
+        Raises:
+            QuotaError: there were too many.
+        """
+        limits, now = self._limits, self._clock()
+        with self._lock:
+            left, then = self._buckets.get(node_id, (limits.burst, now))
+            left = min(limits.burst, left + (now - then) * limits.calls_per_second)
+            self._buckets[node_id] = (left - 1 if left >= 1 else left, now)
+        if left < 1:
+            raise QuotaError(f"This node makes more than {limits.calls_per_second:,.0f} calls a second.",
+                             max(1.0, (1 - left) / limits.calls_per_second))  # fmt: skip
+
+    @contextmanager
+    def transfer(self, node_id: str, size: int) -> Iterator[None]:
+        """Count the bytes of a transfer while it runs.
+
+        Raises:
+            QuotaError: other transfers of the node run, and with this one it would be too much.
+        """
+        with self._lock:
+            flying = self._flying.get(node_id, 0)
+            if flying and flying + size > self._limits.bytes_in_flight:
+                raise QuotaError(f"This node has {flying:,} bytes on their way, and {size:,} more are over the limit of "
+                                 f"{self._limits.bytes_in_flight:,}.", self._limits.retry_seconds)  # fmt: skip
+            self._flying[node_id] = flying + size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._flying[node_id] -= size
+                if not self._flying[node_id]:
+                    del self._flying[node_id]
