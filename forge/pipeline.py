@@ -77,7 +77,9 @@ def _router(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: 
 
 
 def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
-    """Gather every blob that leaves this machine, with the loss a shard has to beat on each partition."""
+    """Gather every blob that leaves this machine, with the loss a shard has to beat on each partition, and its topic."""
+    from forge.data.tokenizer import load_tokenizer
+    from forge.data.topics import describe_partitions
     from forge.evaluate.validation import load_shared, partition_loss
 
     config, model = run.config, load_shared(run)
@@ -87,6 +89,9 @@ def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
     for file in partitions["partitions"]:
         files.append(file | {"shared_loss": partition_loss(run, model, file["validation"]["sha256"])})
         progress(stage="publish", step=len(files), steps=len(partitions["partitions"]), message="measuring shared loss")
+    validation = [run.blobs.path(file["validation"]["sha256"]) for file in files]
+    for file, topic in zip(files, describe_partitions(validation, load_tokenizer(run.data / "tokenizer.json")), strict=True):
+        file["topic"] = topic
     return {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "shared": shared["shared"],
             "shared_ffn": shared["shared_ffn"], "shared_with_context": router["shared_with_context"],
             "router": router["router"], "partitions": files}  # fmt: skip
