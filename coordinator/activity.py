@@ -43,7 +43,7 @@ class Snapshot:
         """Such as `training the shared components: step 120 of 400, about 3 min`."""
         parts = [f"step {self.step:,} of {self.steps:,}"] if self.steps else []
         if self.remaining is not None:
-            parts.append(f"about {_duration(self.remaining)}")
+            parts.append(f"about {duration(self.remaining)}")
         if self.message:
             parts.append(self.message)
         what = SENTENCES.get(self.phase, self.phase)
@@ -99,7 +99,8 @@ class Activity:
                 resident_bytes=int(event.get("resident_bytes") or 0))  # fmt: skip
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 90 * 60:

@@ -44,7 +44,7 @@ def read_info(run_dir: Path) -> dict[str, Any] | None:
 
 
 def fetch_status(run_dir: Path) -> dict[str, Any]:
-    """The answer of `GetStatus` as plain values, named as in the proto.
+    """The answer of `GetStatus` as plain values, named as in the proto; `snapshot` is what the dashboard shows.
 
     Raises:
         NetworkError: nobody answers.
@@ -70,7 +70,8 @@ def fetch_status(run_dir: Path) -> dict[str, Any]:
                                "check the address.", detail=error.details()) from error  # fmt: skip
         why = error.details() or error.code().name
         raise ProtocolError(f"The coordinator at {address} refused: {why}.") from error
-    return dict(MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+    status = dict(MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+    return {**status, "snapshot": json.loads(status.pop("snapshot_json") or "{}")}
 
 
 def _channel(run_dir: Path, address: str, encrypted: bool) -> Any:

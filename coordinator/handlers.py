@@ -22,6 +22,7 @@ from coordinator.auth import (
     verify_signature,
 )
 from coordinator.blobs import Uploads
+from coordinator.curves import Curves
 from coordinator.messages import (
     Assignment,
     Blob,
@@ -41,7 +42,8 @@ from coordinator.messages import (
     Wait,
 )
 from coordinator.quotas import Quotas
-from coordinator.records import Counts, NodeRecord, Receipt
+from coordinator.records import TRAINING, Counts, NodeRecord, Receipt
+from coordinator.snapshot import Snapshots
 from coordinator.state import State
 from forge.config import RunConfig
 from forge.errors import ProtocolError, ShardError
@@ -86,6 +88,10 @@ class Desk:
     quotas: Quotas
     note: Callable[..., None]
     """Records an event: its name, a sentence for whoever watches, and its facts."""
+    curves: Curves
+    """The losses that heartbeats report."""
+    snapshots: Snapshots
+    """The run at one moment."""
     told_done: set[str] = field(default_factory=set)
     """Nodes that know that nothing is left to do."""
 
@@ -165,7 +171,10 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
 
 def heartbeat(request: HeartbeatRequest, node: NodeRecord, desk: Desk) -> HeartbeatAnswer:
     """Keep a lease alive."""
-    order, reason = desk.state.heartbeat(request.lease_id[:MAX_WORD], node.id, _progress(request.progress))
+    lease_id, progress = request.lease_id[:MAX_WORD], _progress(request.progress)
+    order, reason = desk.state.heartbeat(lease_id, node.id, progress)
+    if order != "abandon" and progress["activity"] == TRAINING and progress["loss"]:
+        desk.curves.add(str(desk.state.lease(lease_id, node.id).partition), progress["step"], progress["loss"])
     return HeartbeatAnswer(order=order, reason=reason)
 
 
@@ -262,8 +271,8 @@ def status(desk: Desk) -> Status:
     """The whole state of the run at this moment."""
     desk.state.counts()  # Lets overdue leases expire before they are shown.
     now, nodes = desk.activity.snapshot(), desk.state.nodes()
-    evaluations = ((int(row["experts"]), float(row.get("mean_perplexity") or math.nan),
-                    float(row.get("pooled_perplexity") or math.nan)) for row in desk.state.evaluations())  # fmt: skip
+    evaluations = desk.state.read_evaluations(lambda experts, final, at, row: (
+        experts, float(row.get("mean_perplexity") or math.nan), float(row.get("pooled_perplexity") or math.nan)))  # fmt: skip
     return Status(
         run=summary(desk), activity=now.sentence, partitions=tuple(desk.state.partitions()), nodes=tuple(nodes),
         progress=Progress(step=now.step, steps=now.steps, loss=now.loss or 0.0, resident_bytes=now.resident_bytes,

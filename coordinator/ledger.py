@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -10,6 +11,8 @@ from sqlalchemy.orm import Session
 from coordinator.guests import Guests, node_record
 from coordinator.records import NodeRecord, PartitionRecord, PartitionState, ShardRecord
 from coordinator.tables import Admission, Evaluation, Lease, Node, Partition, Revocation, Shard
+
+Point = TypeVar("Point")
 
 
 class Ledger(Guests):
@@ -51,6 +54,21 @@ class Ledger(Guests):
             same = select(Evaluation.id).where(Evaluation.experts == experts, Evaluation.final.is_(final))
             return session.scalar(same) is not None
 
+    def evaluation_stamp(self) -> tuple[int, float]:
+        """Changes whenever an evaluation is recorded: how many there are, and when the newest was."""
+        with self._database.transaction() as session:
+            number, newest = session.execute(select(func.count(), func.max(Evaluation.evaluated_at))).one()
+            return int(number), float(newest or 0.0)
+
+    def read_evaluations(self, read: Callable[[int, bool, float, dict[str, Any]], Point]) -> list[Point]:
+        """What `read` makes of the experts, whether it is the final one, the time (seconds since the epoch) and the row
+        of every evaluation, by number of experts. Rows are large: only one is in memory at a time.
+        """
+        with self._database.transaction() as session:
+            columns = select(Evaluation.experts, Evaluation.final, Evaluation.evaluated_at, Evaluation.row)
+            rows = session.execute(columns.order_by(Evaluation.experts, Evaluation.final).execution_options(yield_per=1))
+            return [read(*row) for row in rows]
+
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations by number of experts, each with `experts` and `final` in it."""
         with self._database.transaction() as session:
@@ -60,10 +78,23 @@ class Ledger(Guests):
     def partitions(self) -> list[PartitionRecord]:
         """Every partition with who works or worked on it."""
         with self._database.transaction() as session:
-            return [_view(session, row) for row in session.scalars(select(Partition).order_by(Partition.id)).all()]
+            columns = select(Shard.slot, Shard.node_id, Shard.loss, Shard.decided_at).where(Shard.slot.is_not(None))
+            shards = {shard.slot: shard for shard in session.execute(columns)}
+            held = select(Lease).where(Lease.active_partition.is_not(None))
+            leases = {lease.active_partition: lease for lease in session.scalars(held)}
+            workers = {shard.node_id for shard in shards.values()} | {lease.node_id for lease in leases.values()}
+            names = {row.id: row.name for row in session.execute(
+                select(Node.id, Node.name).where(Node.id.in_(workers)))}  # fmt: skip
+            return [_view(row, shards.get(row.id), leases.get(row.id), names)
+                    for row in session.scalars(select(Partition).order_by(Partition.id))]  # fmt: skip
 
-    def nodes(self) -> list[NodeRecord]:
-        """Every node with how many of its shards were accepted and rejected."""
+    def count_nodes(self) -> int:
+        """How many nodes ever joined."""
+        with self._database.transaction() as session:
+            return session.scalar(select(func.count()).select_from(Node)) or 0
+
+    def nodes(self, newest: int | None = None) -> list[NodeRecord]:
+        """Every node with how many of its shards were accepted and rejected, or those heard of last."""
         with self._database.transaction() as session:
             good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted").group_by(Shard.node_id)
             bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
@@ -71,9 +102,10 @@ class Ledger(Guests):
             rejected = {node_id: shards for node_id, shards in session.execute(bad)}
             came = {row.node_id: row.invitation for row in session.scalars(select(Admission))}
             revoked = set(session.scalars(select(Revocation.node_id)))
+            order = (Node.joined_at,) if newest is None else (Node.seen_at.desc(),)
             return [node_record(node, accepted=accepted.get(node.id, 0), rejected=rejected.get(node.id, 0),
                                 invitation=came.get(node.id, ""), revoked=node.id in revoked)
-                    for node in session.scalars(select(Node).order_by(Node.joined_at, Node.id))]  # fmt: skip
+                    for node in session.scalars(select(Node).order_by(*order, Node.id).limit(newest))]  # fmt: skip
 
 
 def _record(session: Session, shard: Shard) -> ShardRecord:
@@ -84,13 +116,12 @@ def _record(session: Session, shard: Shard) -> ShardRecord:
         public_key=node.public_key, loss=shard.loss, shared_loss=shard.shared_loss)  # fmt: skip
 
 
-def _view(session: Session, row: Partition) -> PartitionRecord:
-    shard = session.scalars(select(Shard).where(Shard.slot == row.id)).one_or_none()
-    lease = session.scalars(select(Lease).where(Lease.active_partition == row.id)).one_or_none()
-    node_id = shard.node_id if shard is not None else lease.node_id if lease is not None else None
+def _view(row: Partition, shard: Any, lease: Lease | None, names: dict[str, str]) -> PartitionRecord:
+    claim = shard if shard is not None else lease
+    node_id = "" if claim is None else str(claim.node_id)
     state: PartitionState = row.state  # type: ignore[assignment]
     return PartitionRecord(
         id=row.id, state=state, tokens=row.tokens, shared_loss=row.shared_loss,
-        loss=None if shard is None else shard.loss, last_rejection=tuple(row.last_rejection),
-        node_name="" if node_id is None else session.get_one(Node, node_id).name,
+        loss=None if shard is None else shard.loss, decided_at=None if shard is None else shard.decided_at,
+        last_rejection=tuple(row.last_rejection), node_id=node_id, node_name=names.get(node_id, ""),
         progress={} if lease is None else lease.progress)  # fmt: skip

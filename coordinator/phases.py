@@ -10,6 +10,7 @@ from typing import Any
 from coordinator.activity import SENTENCES, Activity
 from coordinator.assembler import ATTEMPTS, RETRY_SECONDS, Assembler, progress_facts
 from coordinator.blobs import Uploads
+from coordinator.curves import SHARED, Curves
 from coordinator.jobs import RunJob, Stopped
 from coordinator.journal import Journal
 from coordinator.state import State
@@ -34,13 +35,14 @@ class Work:
         activity: told what happens now.
         journal: told what happened.
         echo: shows a line of progress.
+        curves: told the losses of the shared components.
     """
 
     def __init__(self, *, run: RunDirectory, state: State, assembler: Assembler, uploads: Uploads, run_job: RunJob,
-                 activity: Activity, journal: Journal, echo: Callable[[str], None]) -> None:  # fmt: skip
+                 activity: Activity, journal: Journal, echo: Callable[[str], None], curves: Curves) -> None:  # fmt: skip
         self._run, self._state, self._assembler, self._run_job = run, state, assembler, run_job
         self._uploads, self._activity, self._journal, self._echo = uploads, activity, journal, echo
-        self._last_line = 0.0
+        self._curves, self._last_line = curves, 0.0
         self.stopping = threading.Event()
         #: Set while the thread has nothing more to do: the run is done, it failed, or it was stopped.
         self.ended = threading.Event()
@@ -128,6 +130,8 @@ class Work:
 
     def _show(self, event: dict[str, Any]) -> None:
         self._activity.progress(event)
+        if event.get("stage") == SHARED and event.get("loss") is not None:
+            self._curves.add(SHARED, int(event["step"]), float(event["loss"]))
         now = time.monotonic()
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now

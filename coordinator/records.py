@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+#: What a node does while its progress is in steps of training; in other activities it is in bytes.
+TRAINING = "training"
+
 Verdict = Literal["pending", "accepted", "rejected"]
 PartitionState = Literal["open", "leased", "uploaded", "accepted"]
 
@@ -88,6 +91,9 @@ class PartitionRecord:
     shared_loss: float | None
     loss: float | None
     node_name: str
+    node_id: str = ""
+    decided_at: float | None = None
+    """When its shard was accepted, in seconds since the epoch."""
     progress: dict[str, Any] = field(default_factory=dict)
     last_rejection: tuple[str, ...] = ()
 

@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-import ipaddress
 import logging
 from logging.handlers import RotatingFileHandler
 import os
 from pathlib import Path
 import shlex
 import signal
-import socket
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from coordinator.activity import Activity
+from coordinator.addresses import bind, check_free, invitation_addresses, is_loopback, parse_listen
 from coordinator.admin import INFO_FILE, SECRET_FILE
 from coordinator.assembler import Assembler
 from coordinator.auth import Credentials
-from coordinator.authority import Authority, own_addresses
+from coordinator.authority import Authority
 from coordinator.blobs import Uploads, largest_shard
+from coordinator.curves import Curves
 from coordinator.gate import Gate
 from coordinator.handlers import Desk
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
@@ -39,12 +39,16 @@ from coordinator.phases import Work
 from coordinator.push import check_repo, pusher
 from coordinator.quotas import Limits, Quotas
 from coordinator.servicer import SERVICES, register
+from coordinator.snapshot import Snapshots
 from coordinator.state import State
 from forge.config import RunConfig
-from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
+from forge.errors import ConfigError, StorageError, storage_errors
 from forge.files import Beginning, RunDirectory, write_json
 from forge.system import peak_resident_bytes
 from forge.vocabulary import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from coordinator.dashboard.server import Dashboard
 
 #: Calls answered at the same time; a transfer takes one for as long as it lasts.
 WORKERS = 64
@@ -53,9 +57,8 @@ CALL_GRACE_SECONDS = 1.0
 #: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do. Nodes that
 #: wait in the expert phase ask every five seconds.
 FAREWELL_SECONDS = 12.0
-#: Addresses in an invitation, at most: people copy it.
-MAX_ADDRESSES = 4
-
+#: `--dashboard off`.
+OFF = "off"
 #: Calls that may wait for a worker or be answered at one time; more are told to come back.
 MAX_CALLS = 1024
 
@@ -77,7 +80,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0) -> int:  # fmt: skip
+          insecure: int = 0, dashboard: str | None = None) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -87,6 +90,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         push: `USER/REPO` on the Hub that gets the model after every accepted shard.
         exit_when_done: return when every expert is accepted and the model evaluated.
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
+        dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -97,7 +101,8 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         StorageError: the directory cannot be written, or another coordinator works on it.
         ForgeError: what stopped a stage.
     """
-    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure)
+    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
+                              dashboard=dashboard)  # fmt: skip
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -113,6 +118,7 @@ class Coordinator:
         push: `USER/REPO` or None.
         exit_when_done: whether `wait` returns when the run is done.
         insecure: as for `serve`.
+        dashboard: `HOST:PORT`, `off`, or None for the default port or a free one.
         run_job: does the heavy work; None starts child processes.
         echo: shows a line to whoever watches.
         clock: seconds since the epoch.
@@ -121,12 +127,14 @@ class Coordinator:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
-                 exit_when_done: bool = False, insecure: int = 0, run_job: RunJob | None = None,
-                 echo: Callable[[str], None] = print_line, clock: Callable[[], float] = time.time,
-                 database: str | None = None, limits: Limits | None = None) -> None:  # fmt: skip
+                 exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
+                 run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
+                 clock: Callable[[], float] = time.time, database: str | None = None,
+                 limits: Limits | None = None) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
+        self._dashboard = dashboard
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -147,8 +155,11 @@ class Coordinator:
             raise ConfigError(f"--insecure on {host} would let everybody on the network read and change what nodes send: "
                               "leave it out, or say it twice.")  # fmt: skip
         with ExitStack() as undo:
+            page = self._dashboard_page = self._page()
+            if page is not None:
+                undo.callback(page.stop)
             beginning = Beginning(self._run_dir)
-            _check_free(host, port)
+            check_free(host, port)
             undo.enter_context(_only_one(self._run_dir))
             undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
             run = RunDirectory.open(self._run_dir, self._config)
@@ -159,15 +170,20 @@ class Coordinator:
                 ThreadPoolExecutor(WORKERS, "call"), options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS,
                 interceptors=[Gate(self._desk, b"" if self._insecure else authority.fingerprint, self._echo)])  # fmt: skip
             undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())  # before what its calls use is closed
-            bound = _bind(server, host, port, None if self._insecure else authority.credentials())
+            bound = bind(server, host, port, None if self._insecure else authority.credentials())
             self.address = f"{host}:{bound}"
             self._offer(server)
+            if page is not None:
+                page.start(self._desk.snapshots.take)
+                undo.callback(page.stop)  # before the database that it reads is closed
             write_json(run.root / INFO_FILE, {
                 "address": self.address, "addresses": invitation_addresses(host, bound), "pid": os.getpid(),
-                "encrypted": not self._insecure})  # fmt: skip
+                "encrypted": not self._insecure, **({} if page is None else {"dashboard": page.url})})  # fmt: skip
             undo.callback((run.root / INFO_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
             self._greet(run)
+            for line in () if page is None else page.greeting:
+                self._echo(line)
             self._work.start()
             undo.callback(self._end_work)
             self._cleanup = undo.pop_all()
@@ -202,6 +218,8 @@ class Coordinator:
         state = State(self._database or run.database, lease_seconds=config.fleet.lease_seconds, clock=self._clock)
         undo.callback(state.close)
         state.extend_leases()
+        curves = Curves(run.reports / "curves.json")
+        undo.callback(curves.save)
         activity, journal = Activity(), Journal(run.root / "events.jsonl", self._echo)
         job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run))
         if isinstance(job, JobRunner):
@@ -211,11 +229,12 @@ class Coordinator:
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
         uploads = Uploads(run.blobs, largest_shard(config.model))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
-                          journal=journal, echo=self._echo)  # fmt: skip
+                          journal=journal, echo=self._echo, curves=curves)  # fmt: skip
+        snapshots = Snapshots(config=config, run=run, state=state, activity=activity, curves=curves, clock=self._clock)
         self._desk = Desk(
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
-            uploads=uploads, note=journal.event, quotas=Quotas(self._limits),
-            credentials=Credentials.load(run.root / SECRET_FILE))  # fmt: skip
+            uploads=uploads, note=journal.event, quotas=Quotas(self._limits), curves=curves,
+            snapshots=snapshots, credentials=Credentials.load(run.root / SECRET_FILE))  # fmt: skip
 
     def _offer(self, server: grpc.Server) -> None:
         register(server, self._desk, self._echo)
@@ -224,6 +243,14 @@ class Coordinator:
             checks.set(name, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         server.start()
+
+    def _page(self) -> Dashboard | None:
+        """The dashboard, which listens but does not answer yet; None when it is off."""
+        if self._dashboard == OFF:
+            return None
+        from coordinator.dashboard.server import Dashboard  # Its libraries are imported by who uses them.
+
+        return Dashboard(None if self._dashboard is None else parse_listen(self._dashboard, "--dashboard"))
 
     def _greet(self, run: RunDirectory) -> None:
         self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}")
@@ -249,49 +276,6 @@ class Coordinator:
             _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
         self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
                             if self._stop_asked.is_set() else "")  # fmt: skip
-
-
-def parse_listen(listen: str) -> tuple[str, int]:
-    """Split `HOST:PORT`.
-
-    Raises:
-        ConfigError: it does not look like that.
-    """
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise ConfigError(f"--listen {listen!r} must look like HOST:PORT, such as 127.0.0.1:7433.")
-    return host, int(port)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Find out that a port is taken before anything is written; `_bind` is what really takes it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with suppress(socket.gaierror), socket.socket(family) as probe:
-        if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was used a moment ago is free
-        try:
-            probe.bind((host.strip("[]"), port))
-        except socket.gaierror:
-            raise
-        except OSError as error:
-            raise _taken(host, port, str(error)) from error
-
-
-def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    detail: str | None = None
-    try:
-        where = f"{host}:{port}"
-        bound = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
-    except RuntimeError as error:
-        bound, detail = 0, str(error)
-    if not bound:
-        raise _taken(host, port, detail)
-    return int(bound)
-
-
-def _taken(host: str, port: int, detail: str | None) -> NetworkError:
-    return NetworkError(f"Cannot listen on {host}:{port}: another program uses the port, or the address is not this "
-                        "machine's; choose another one with --listen.", detail=detail)  # fmt: skip
 
 
 @contextmanager
@@ -356,28 +340,3 @@ def _memory_notes(run: RunDirectory) -> Callable[[str, dict[str, Any], dict[str,
         note_memory(run, str(arguments.get("stage", name)), result)
 
     return note
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def invitation_addresses(host: str, port: int) -> list[str]:
-    """Where other machines reach a coordinator: the address that it listens on, or, for one that stands for all of this
-    machine's, the one that its traffic takes, and then the others.
-    """
-    if host.strip("[]") not in ("0.0.0.0", "::"):
-        return [f"{host}:{port}"]
-    others = own_addresses()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # A documentation address: nothing is sent, the system picks its route.
-            others.insert(0, str(probe.getsockname()[0]))
-        except OSError:
-            pass
-    found = [f"[{address}]" if ":" in address else address for address in dict.fromkeys(others)]
-    return [f"{address}:{port}" for address in found[:MAX_ADDRESSES] or [socket.gethostname()]]

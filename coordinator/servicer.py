@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 import itertools
+import json
 from typing import Any
 
 import grpc
@@ -166,7 +167,8 @@ class AdminServicer(_Servicer, admin_pb2_grpc.AdminServiceServicer):
                     accepted=node.accepted, rejected=node.rejected)
                     for node, idle in zip(status.nodes, status.idle_seconds, strict=True)],
                 evaluations=[admin_pb2.EvaluationPoint(experts=experts, mean_perplexity=mean, pooled_perplexity=pooled)
-                             for experts, mean, pooled in status.evaluations])  # fmt: skip
+                             for experts, mean, pooled in status.evaluations],
+                snapshot_json=json.dumps(self._desk.snapshots.take()))  # fmt: skip
 
 
 def _header(context: grpc.ServicerContext, name: str) -> Any:

@@ -13,6 +13,8 @@ PROTOCOL_VERSION: Final = 1
 SHARD_FORMAT_VERSION: Final = "1"
 #: Default address of a coordinator.
 DEFAULT_PORT: Final = 7433
+#: Default port of its dashboard, on loopback.
+DASHBOARD_PORT: Final = 7473
 #: Bytes of one message of a transfer. gRPC's default cap of 4 MiB stays as it is.
 CHUNK_BYTES: Final = 1 << 20
 

@@ -45,8 +45,8 @@ def test_one_file_touches_the_messages_of_the_wire(package: str, gateway: str) -
 
 
 @pytest.mark.parametrize("module", ["forge.config", "forge.files", "forge.jobs", "forge.train.memory", "forge.cli",
-                                    "forge.checkpoint.assembly", "coordinator.cli", "coordinator.serve", "node.cli",
-                                    "node.agent"])  # fmt: skip
+                                    "forge.checkpoint.assembly", "coordinator.cli", "coordinator.serve",
+                                    "coordinator.dashboard.server", "node.cli", "node.agent"])  # fmt: skip
 def test_the_light_processes_never_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -61,4 +61,4 @@ def test_the_wheel_holds_four_packages_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"forge", "coordinator", "node", "modularforge"}
     assert {"forge/configs/smoke.yaml", "forge/configs/default.yaml", "forge/configs/billion.yaml"} <= set(names)
-    assert "modularforge/v1/fleet.proto" in names
+    assert {"modularforge/v1/fleet.proto", "coordinator/dashboard/page.html"} <= set(names)

@@ -29,6 +29,8 @@ WORDS, SAMPLE_CHARACTERS = 8, 240
 MIN_COUNT = 3
 #: Weight of the prior in words: some a hundredth of a partition's sample.
 PRIOR_WORDS = 100.0
+#: Standard deviations from chance below which a word tells nothing.
+LEAST_Z = 1.0
 
 _WORD = re.compile(r"[^\W\d_]{2,24}")
 
@@ -68,7 +70,7 @@ def telling_words(here: Counter[str], everywhere: Counter[str], number: int = WO
         return odds / math.sqrt(1 / a + 1 / b)
 
     ranked = sorted(((z(word), word) for word, times in here.items() if times >= MIN_COUNT), reverse=True)
-    return [word for score, word in ranked[:number] if score > 0]
+    return [word for score, word in ranked[:number] if score > LEAST_Z]
 
 
 def _texts(path: Path, tokenizer: Tokenizer, tokens: int) -> list[str]:

@@ -35,7 +35,7 @@ RUNTIME_MB: dict[str, int] = {
 #: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated.
 _ALLOCATOR_SHARE = 0.02
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
-LIGHT_MB = {"coordinator": 116, "node": 82}
+LIGHT_MB = {"coordinator": 122, "node": 82}
 #: scikit-learn, imported when a corpus is clustered.
 _SKLEARN_BYTES = 78 * MB
 #: Rows of logits that exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB.

@@ -181,8 +181,9 @@ class FakeNode:
         assert answer.WhichOneof("answer") == "assignment", answer
         return answer.assignment
 
-    def heartbeat(self, lease_id: str) -> int:
-        request = pb.HeartbeatRequest(lease_id=lease_id, progress=pb.Progress(step=3, steps=9, loss=float("nan")))
+    def heartbeat(self, lease_id: str, **progress: Any) -> int:
+        said = pb.Progress(**progress) if progress else pb.Progress(step=3, steps=9, loss=float("nan"))
+        request = pb.HeartbeatRequest(lease_id=lease_id, progress=said)
         return int(self.stub.Heartbeat(request, metadata=self.metadata).order)
 
     def open(self, lease_id: str, shard: bytes, size: int | None = None) -> pb.OpenUploadResponse:

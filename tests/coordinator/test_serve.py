@@ -9,7 +9,8 @@ import socket
 import pytest
 
 from coordinator import phases
-from coordinator.serve import Coordinator, parse_listen
+from coordinator.addresses import parse_listen
+from coordinator.serve import Coordinator
 from forge.errors import ConfigError, DataError, ForgeError, NetworkError, RunMismatchError, StorageError
 from forge.vocabulary import STAGES
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from modularforge.v1 import fleet_pb2 as modularforge_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmodularforge/v1/admin.proto\x12\x0fmodularforge.v1\x1a\x1bmodularforge/v1/fleet.proto\"\x12\n\x10GetStatusRequest\"\x9b\x02\n\x11GetStatusResponse\x12(\n\x03run\x18\x01 \x01(\x0b\x32\x1b.modularforge.v1.RunSummary\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x31\n\x0estage_progress\x18\x03 \x01(\x0b\x32\x19.modularforge.v1.Progress\x12\x34\n\npartitions\x18\x04 \x03(\x0b\x32 .modularforge.v1.PartitionStatus\x12*\n\x05nodes\x18\x05 \x03(\x0b\x32\x1b.modularforge.v1.NodeStatus\x12\x35\n\x0b\x65valuations\x18\x06 \x03(\x0b\x32 .modularforge.v1.EvaluationPoint\"\xbe\x01\n\x0fPartitionStatus\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x11\n\tnode_name\x18\x04 \x01(\t\x12+\n\x08progress\x18\x05 \x01(\x0b\x32\x19.modularforge.v1.Progress\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x13\n\x0bshared_loss\x18\x07 \x01(\x01\x12\x16\n\x0elast_rejection\x18\x08 \x03(\t\"\x97\x01\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x30\n\x07machine\x18\x03 \x01(\x0b\x32\x1f.modularforge.v1.MachineProfile\x12\x14\n\x0cidle_seconds\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x10\n\x08rejected\x18\x06 \x01(\r\"V\n\x0f\x45valuationPoint\x12\x0f\n\x07\x65xperts\x18\x01 \x01(\r\x12\x17\n\x0fmean_perplexity\x18\x02 \x01(\x01\x12\x19\n\x11pooled_perplexity\x18\x03 \x01(\x01\x32\x62\n\x0c\x41\x64minService\x12R\n\tGetStatus\x12!.modularforge.v1.GetStatusRequest\x1a\".modularforge.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmodularforge/v1/admin.proto\x12\x0fmodularforge.v1\x1a\x1bmodularforge/v1/fleet.proto\"\x12\n\x10GetStatusRequest\"\xb2\x02\n\x11GetStatusResponse\x12(\n\x03run\x18\x01 \x01(\x0b\x32\x1b.modularforge.v1.RunSummary\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x31\n\x0estage_progress\x18\x03 \x01(\x0b\x32\x19.modularforge.v1.Progress\x12\x34\n\npartitions\x18\x04 \x03(\x0b\x32 .modularforge.v1.PartitionStatus\x12*\n\x05nodes\x18\x05 \x03(\x0b\x32\x1b.modularforge.v1.NodeStatus\x12\x35\n\x0b\x65valuations\x18\x06 \x03(\x0b\x32 .modularforge.v1.EvaluationPoint\x12\x15\n\rsnapshot_json\x18\x07 \x01(\t\"\xbe\x01\n\x0fPartitionStatus\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x11\n\tnode_name\x18\x04 \x01(\t\x12+\n\x08progress\x18\x05 \x01(\x0b\x32\x19.modularforge.v1.Progress\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x13\n\x0bshared_loss\x18\x07 \x01(\x01\x12\x16\n\x0elast_rejection\x18\x08 \x03(\t\"\x97\x01\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x30\n\x07machine\x18\x03 \x01(\x0b\x32\x1f.modularforge.v1.MachineProfile\x12\x14\n\x0cidle_seconds\x18\x04 \x01(\x01\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x10\n\x08rejected\x18\x06 \x01(\r\"V\n\x0f\x45valuationPoint\x12\x0f\n\x07\x65xperts\x18\x01 \x01(\r\x12\x17\n\x0fmean_perplexity\x18\x02 \x01(\x01\x12\x19\n\x11pooled_perplexity\x18\x03 \x01(\x01\x32\x62\n\x0c\x41\x64minService\x12R\n\tGetStatus\x12!.modularforge.v1.GetStatusRequest\x1a\".modularforge.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=77
   _globals['_GETSTATUSREQUEST']._serialized_end=95
   _globals['_GETSTATUSRESPONSE']._serialized_start=98
-  _globals['_GETSTATUSRESPONSE']._serialized_end=381
-  _globals['_PARTITIONSTATUS']._serialized_start=384
-  _globals['_PARTITIONSTATUS']._serialized_end=574
-  _globals['_NODESTATUS']._serialized_start=577
-  _globals['_NODESTATUS']._serialized_end=728
-  _globals['_EVALUATIONPOINT']._serialized_start=730
-  _globals['_EVALUATIONPOINT']._serialized_end=816
-  _globals['_ADMINSERVICE']._serialized_start=818
-  _globals['_ADMINSERVICE']._serialized_end=916
+  _globals['_GETSTATUSRESPONSE']._serialized_end=404
+  _globals['_PARTITIONSTATUS']._serialized_start=407
+  _globals['_PARTITIONSTATUS']._serialized_end=597
+  _globals['_NODESTATUS']._serialized_start=600
+  _globals['_NODESTATUS']._serialized_end=751
+  _globals['_EVALUATIONPOINT']._serialized_start=753
+  _globals['_EVALUATIONPOINT']._serialized_end=839
+  _globals['_ADMINSERVICE']._serialized_start=841
+  _globals['_ADMINSERVICE']._serialized_end=939
 # @@protoc_insertion_point(module_scope)

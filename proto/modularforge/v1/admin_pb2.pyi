@@ -46,8 +46,11 @@ class GetStatusResponse(_message.Message):
     PARTITIONS_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_JSON_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
     """What happens now, for people to read."""
+    snapshot_json: _builtins.str
+    """The run at this moment as JSON, as the dashboard shows it; docs/dashboard.md describes its sections."""
     @_builtins.property
     def run(self) -> _fleet_pb2.RunSummary: ...
     @_builtins.property
@@ -67,10 +70,11 @@ class GetStatusResponse(_message.Message):
         partitions: _abc.Iterable[Global___PartitionStatus] | None = ...,
         nodes: _abc.Iterable[Global___NodeStatus] | None = ...,
         evaluations: _abc.Iterable[Global___EvaluationPoint] | None = ...,
+        snapshot_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stage_progress", b"stage_progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "evaluations", b"evaluations", "nodes", b"nodes", "partitions", b"partitions", "run", b"run", "stage_progress", b"stage_progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "evaluations", b"evaluations", "nodes", b"nodes", "partitions", b"partitions", "run", b"run", "snapshot_json", b"snapshot_json", "stage_progress", b"stage_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

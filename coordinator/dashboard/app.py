@@ -1,0 +1,206 @@
+"""What the dashboard answers: the page, its events, `/healthz` and `/metrics`. All of it is read-only.
+
+A page of another site may reach a loopback address through the reader's own browser, so the names that a request may
+use for this machine are checked (DNS rebinding), and so is where a request for events comes from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterable
+import hashlib
+from importlib import resources
+import logging
+import re
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coordinator.dashboard import metrics
+from coordinator.dashboard.feed import Feed
+from coordinator.snapshot import Json
+from forge.errors import ForgeError
+
+EVENTS_PATH = "/events"
+#: Pages that may watch at the same time; each costs a task and at most one event of memory.
+MAX_CLIENTS = 32
+#: Seconds between two looks at the run while somebody watches.
+LOOK_SECONDS = 0.5
+#: Seconds after which a page hears something although nothing changed, so that it can tell a quiet run from a dead line.
+QUIET_SECONDS = 10.0
+#: Milliseconds after which a page whose line broke comes back.
+RETRY_MILLISECONDS = 1000
+
+_log = logging.getLogger(__name__)
+
+
+class Pages:
+    """The endpoints.
+
+    Args:
+        take: takes a snapshot of the run; called in a thread.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, take: Callable[[], Json], clock: Callable[[], float] = time.monotonic) -> None:
+        self._take, self._clock = take, clock
+        self._feed = Feed()
+        self._looking = asyncio.Lock()
+        self._looked_at = -LOOK_SECONDS
+        self._snapshot: Json | None = None
+        self._clients = 0
+        self._html = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+        self._policy = content_security_policy(self._html)
+        #: Set when the coordinator is being stopped: the streams end, so that the server can.
+        self.closing = asyncio.Event()
+
+    def app(self, allowed_hosts: Iterable[str] | None) -> ASGIApp:
+        """The ASGI application.
+
+        Args:
+            allowed_hosts: names that a request may address; None accepts any.
+        """
+        routes = [Route("/", self._page), Route("/healthz", self._health), Route("/metrics", self._metrics),
+                  Route(EVENTS_PATH, _Endpoint(self._events), methods=["GET"])]  # fmt: skip
+        return Guard(Starlette(routes=routes), self._policy, None if allowed_hosts is None else frozenset(allowed_hosts))
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(self._html)
+
+    async def _health(self, request: Request) -> Response:
+        snapshot = await self._look()
+        return JSONResponse({"phase": snapshot["phase"]["phase"]})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(metrics.exposition(await self._look()), headers={"content-type": metrics.CONTENT_TYPE})
+
+    async def _look(self) -> Json:
+        """The newest snapshot, at most `LOOK_SECONDS` old; an older one while the database cannot be read."""
+        async with self._looking:
+            if self._snapshot is None or self._clock() - self._looked_at >= LOOK_SECONDS:
+                try:
+                    self._snapshot = await asyncio.to_thread(self._take)
+                    self._feed.update(self._snapshot)
+                except ForgeError as error:
+                    if self._snapshot is None:
+                        raise
+                    _log.warning("the dashboard shows an older state: %s", error)
+                self._looked_at = self._clock()
+            return self._snapshot
+
+    async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if not _same_origin(headers):
+            return await PlainTextResponse("A page of another site may not read this.\n", 403)(scope, receive, send)
+        if self._clients >= MAX_CLIENTS:
+            answer = PlainTextResponse(f"{MAX_CLIENTS} pages watch already: close one.\n", 503, {"retry-after": "10"})
+            return await answer(scope, receive, send)
+        after = headers.get("last-event-id") or QueryParams(scope["query_string"]).get("after", "")
+        self._clients += 1
+        gone = asyncio.ensure_future(_disconnected(receive))
+        closing = asyncio.ensure_future(self.closing.wait())
+        try:
+            await self._stream(send, after, {gone, closing})
+        finally:
+            self._clients -= 1
+            gone.cancel()
+            closing.cancel()
+
+    async def _stream(self, send: Send, after: str, over: set[asyncio.Future[Any]]) -> None:
+        head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        body = f"retry: {RETRY_MILLISECONDS}\n\n".encode()
+        said_at = -QUIET_SECONDS
+        while not any(future.done() for future in over):
+            await self._look()
+            if self._feed.newest != after or self._clock() - said_at >= QUIET_SECONDS:
+                body += self._feed.event(after)
+                after, said_at = self._feed.newest, self._clock()
+                # Waits while the reader is slow; what changes meanwhile is in the next event.
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                body = b""
+            await asyncio.wait(over, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Endpoint:
+    """Makes an ASGI function a route's application; Starlette takes a bare function for one of requests."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+class Guard:
+    """Refuses foreign host names, and gives every answer the headers of a page that trusts nobody.
+
+    Args:
+        app: what answers.
+        policy: the Content-Security-Policy.
+        allowed_hosts: names that a request may address; None accepts any.
+    """
+
+    def __init__(self, app: ASGIApp, policy: str, allowed_hosts: frozenset[str] | None) -> None:
+        self._app, self._allowed = app, allowed_hosts
+        self._headers = {
+            "content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+            "x-frame-options": "DENY", "cross-origin-resource-policy": "same-origin",
+            "cross-origin-opener-policy": "same-origin", "cache-control": "no-store",
+            "connection": "close",  # One request a connection: an idle one holds no place.
+        }  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._headers)
+            await send(message)
+
+        host = host_name(Headers(scope=scope).get("host", ""))
+        if self._allowed is not None and host not in self._allowed:
+            refusal = PlainTextResponse("This dashboard is not known by that name: open it as http://127.0.0.1:PORT/, or "
+                                        "http://localhost:PORT/.\n", 421)  # fmt: skip
+            return await refusal(scope, receive, guarded)
+        await self._app(scope, receive, guarded)
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, without its port: `[::1]:80` is `::1`."""
+    name, colon, port = header.strip().lower().rpartition(":")
+    if not colon or not port.isdecimal():
+        name = header.strip().lower()
+    return name.removeprefix("[").removesuffix("]").rstrip(".")
+
+
+def content_security_policy(html: str) -> str:
+    """The policy that lets exactly this page's one script and one style run, and events be read from where it came from."""
+    (script,), (style,) = (re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL) for tag in ("script", "style"))
+    return (f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _same_origin(headers: Headers) -> bool:
+    """Whether a request is this page's own, or of a program that is no browser."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        return False
+    return headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
