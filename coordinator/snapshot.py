@@ -214,4 +214,5 @@ def _quality(measured: Json) -> Json | None:
     now = newest["mean_perplexity"]
     change = None if alone is None or now is None else finite(now / alone - 1)
     return {"experts": newest["experts"], "mean_perplexity": now, "pooled_perplexity": newest["pooled_perplexity"],
-            "bits_per_byte": newest["bits_per_byte"], "partitions": newest["partitions"], "shared_mean_perplexity": alone, "change": change}  # fmt: skip
+            "bits_per_byte": newest["bits_per_byte"], "partitions": newest["partitions"],
+            "shared_mean_perplexity": alone, "change": change}  # fmt: skip
