@@ -7,11 +7,7 @@ import hmac
 from pathlib import Path
 import secrets
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from forge.errors import ProtocolError, StorageError, storage_errors
-from forge.files import create_private
 
 #: Bytes of an Ed25519 public key and of a signature (RFC 8032, 5.1.5 and 5.1.6).
 PUBLIC_KEY_BYTES = 32
@@ -52,6 +48,8 @@ class Credentials:
         """
         with storage_errors(path):
             if not path.exists():
+                from forge.files import create_private  # `status` reads the secret only, and should answer at once
+
                 create_private(path, secrets.token_bytes(SECRET_BYTES))
             secret = path.read_bytes()
         if len(secret) != SECRET_BYTES:
@@ -76,6 +74,9 @@ class Credentials:
 
 def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> bool:
     """Whether `signature` over `message` was made with the private half of `public_key` (Ed25519, RFC 8032)."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
     except (InvalidSignature, ValueError):

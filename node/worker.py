@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import queue
+import signal
 import threading
 from typing import Any, Protocol
 
@@ -132,10 +133,10 @@ class Worker:
 
     def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, work_dir: Path) -> bool:
         """Relay events and orders until the child ends; whether the owner interrupted it."""
-        interrupted = asked = False
+        stopping = asked = False
         noted = 0
-        while not watch.ended:
-            try:
+        with _Presses() as presses:
+            while not watch.ended:
                 if job.pid != noted:
                     noted = job.pid
                     note_child(work_dir, noted)
@@ -149,14 +150,13 @@ class Worker:
                     asked = True
                     self._console.line(f"The coordinator asks to stop at the next checkpoint: {beats.reason}")
                     job.finish()
-            except KeyboardInterrupt:
-                if interrupted:
+                if presses.count > 1:
                     job.kill()
-                else:
+                elif presses.count and not stopping:
+                    stopping = True
                     self._console.line("Stopping at the next checkpoint; press Ctrl-C again to stop at once.")
                     job.finish()
-                interrupted = True
-        return interrupted
+        return presses.count > 0
 
     def _show(self, event: dict[str, Any], watch: _Watch, beats: Heartbeats) -> None:
         if event.get("message"):
@@ -173,6 +173,26 @@ class Worker:
         beats.update(progress)
         self._console.progress(f"partition {watch.partition}", progress,
                                Budget(predicted=watch.predicted, allowed=self._ram_bytes))  # fmt: skip
+
+
+class _Presses:
+    """Counts Ctrl-C instead of raising it: an exception may be raised, and lost, inside a callback of a library."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> _Presses:
+        # Only the main thread may say what a signal does, and only it is ever interrupted.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: object) -> None:
+        self.count += 1
 
 
 class _Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 import socket
 import subprocess
 import sys
@@ -35,7 +36,10 @@ def test_the_help_of_a_command_imports_nothing_heavy(module: str, command: str) 
     assert _loaded(module, command, "--help") == set()
 
 
-def test_the_status_of_a_coordinator_imports_nothing_but_the_wire() -> None:
+def test_the_status_of_a_coordinator_imports_nothing_but_the_wire(tmp_path: Path) -> None:
     with socket.socket() as unused:  # Bound and not listening: nobody answers there.
         unused.bind(("127.0.0.1", 0))
-        assert _loaded("coordinator.cli", "status", f"127.0.0.1:{unused.getsockname()[1]}") == {"grpc"}
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        (tmp_path / "coordinator.json").write_text(json.dumps({"address": address, "encrypted": False}))
+        (tmp_path / "coordinator.secret").write_bytes(bytes(32))
+        assert _loaded("coordinator.cli", "status", "--run-dir", str(tmp_path)) == {"grpc"}
