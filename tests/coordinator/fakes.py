@@ -146,13 +146,15 @@ class FakeNode:
     """A node over real gRPC and TLS: a key, an invitation of the run in `root`, a credential, and the calls."""
 
     def __init__(self, address: str, name: str, root: Path, invitation: Invitation | None = None) -> None:
+        # A reader that does not read soon stops the writer, as on a slow line: gRPC would buffer megabytes.
+        narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
         self.name = name
         self.invitation = invitation or invite(root)
         self.key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
         self.public_key = self.key.public_key().public_bytes_raw()
         self.channel = grpc.secure_channel(
             address, grpc.ssl_channel_credentials(ca_certificate(root)),
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", SERVER_NAME)])  # fmt: skip
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", SERVER_NAME), *narrow])  # fmt: skip
         self.stub = fleet_pb2_grpc.FleetServiceStub(self.channel)
         self.credential = ""
 
