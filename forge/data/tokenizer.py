@@ -50,6 +50,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def parse_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json of any kind.
+
+    Raises:
+        DataError: the file is no tokenizer.
+    """
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(f"{path} is not a tokenizer.json.", detail=str(error)) from error
+
+
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """Read a tokenizer.json. Text that spells `<|endoftext|>` is encoded as plain text, never as the special token.
 
@@ -63,10 +75,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """
     if not path.is_file():
         raise DataError(f"There is no tokenizer file {path}; check tokenizer.path.")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"{path} is not a tokenizer.json.", detail=str(error)) from error
+    tokenizer = parse_tokenizer(path)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     end = vocabulary.get(END_OF_TEXT)
     if end is None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, pre_tokenizers
 
-from forge.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode_documents
+from forge.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode_documents, parse_tokenizer
 from forge.errors import ConfigError, DataError, StorageError
 from forge.evaluate.perplexity import finite, measure
 from forge.model.moe import MixtureLM
@@ -74,10 +74,7 @@ def read_tokenizer(model_dir: Path) -> Tokenizer:
     path = model_dir / TOKENIZER_FILE
     if not path.is_file():
         raise StorageError(f"{model_dir} holds no {TOKENIZER_FILE}, so no text can be read by its model.")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"{path} is not a tokenizer.json.", detail=str(error)) from error
+    tokenizer = parse_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
