@@ -158,6 +158,8 @@ class Recipe:
     init: Literal["copy", "random"] = "copy"
     general: float = 0.0
     """Share of each batch that comes from the whole corpus instead of the partition."""
+    openings: float = 0.0
+    """Share of each batch that is the openings of everybody's documents, where no router can know the partition yet."""
     volunteer: int = 0
     """Which of several volunteers on the same partition: each has an order of the text of its own."""
     gated: bool = False
@@ -181,16 +183,37 @@ class GatedFFN(FeedForward):
 
 
 class MixedSampler(SequenceSampler):
-    """Batches of a partition with a share of windows from everywhere."""
+    """Batches of a partition with a share of windows from elsewhere."""
 
-    def __init__(self, setting: Setting, documents: npt.NDArray[np.integer], seed: int, share: float) -> None:
+    def __init__(self, setting: Setting, documents: npt.NDArray[np.integer], seed: int, share: float,
+                 other: SequenceSampler) -> None:  # fmt: skip
         super().__init__(setting.corpus, setting.scale.seq_len, seed, END_OF_TEXT_ID, documents)
-        self._general, self._share = setting.sampler(setting.documents(TRAIN), seed), share
+        self._other, self._share = other, share
 
     def batch(self, step: int, batch_size: int) -> npt.NDArray[np.int64]:
         """The windows of one optimiser step."""
-        general = round(self._share * batch_size)
-        return np.concatenate([super().batch(step, batch_size - general), self._general.batch(step, general)])
+        other = round(self._share * batch_size)
+        return np.concatenate([super().batch(step, batch_size - other), self._other.batch(step, other)])
+
+
+#: Tokens of a document, its end-of-text included, that count as its opening.
+OPENING = 32
+
+
+class OpeningSampler(SequenceSampler):
+    """Batches of the first tokens of documents, one opening after the other."""
+
+    def window(self, index: int) -> npt.NDArray[np.int64]:
+        """Openings of documents chosen by the window's number, (seq_len + 1,)."""
+        count = -(-(self.seq_len + 1) // OPENING)
+        rows = np.random.default_rng([self.seed, index]).integers(len(self._documents), size=count)
+        openings = []
+        for row in rows:
+            opening = np.empty(min(OPENING, int(self._starts[row + 1] - self._starts[row])), dtype=np.int64)
+            self._fill(opening, int(row), 0)
+            openings.append(opening)
+        window = np.concatenate(openings)
+        return np.resize(window, self.seq_len + 1)
 
 
 def expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], steps: int, path: Path, number: int,
@@ -220,7 +243,13 @@ def expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], 
             for layer, rows_ED in zip(layers, router(), strict=True):
                 layer.mlp = GatedFFN(layer.mlp, rows_ED, number)
         seed = setting.seed * 1000 + number + 100 * recipe.volunteer
-        sampler = MixedSampler(setting, documents, seed, recipe.general) if recipe.general else setting.sampler(documents, seed)
+        sampler = setting.sampler(documents, seed)
+        everybody = setting.documents(TRAIN)
+        if recipe.openings:
+            other: SequenceSampler = OpeningSampler(setting.corpus, setting.scale.seq_len, seed, END_OF_TEXT_ID, everybody)
+            sampler = MixedSampler(setting, documents, seed, recipe.openings, other)
+        elif recipe.general:
+            sampler = MixedSampler(setting, documents, seed, recipe.general, setting.sampler(everybody, seed))
         config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
                        warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip
         work = path.with_suffix(".work")
