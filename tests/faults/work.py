@@ -1,0 +1,123 @@
+"""The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import hashlib
+import json
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import grpc
+import numpy as np
+from safetensors.numpy import load
+
+from coordinator import blobs
+from coordinator.serve import OFF, Coordinator
+from forge.errors import report_errors
+from forge.files import RunDirectory, read_json, write_bytes, write_json
+from forge.invitation import Invitation
+from node import client, link
+from node.cli import run_node
+from tests.coordinator.fakes import CONFIG, FakeJobs, make_shard
+from tests.faults import points
+
+STEPS = 3
+LISTEN_FILE, INVITATION_FILE, RECEIPTS_FILE = "listen", "invitation", "receipts"
+
+
+def state_at(partition: int, step: int) -> str:
+    """What "training" has come to: each step needs the one before."""
+    state = f"partition {partition}"
+    for number in range(step):
+        state = hashlib.sha256(f"{state} {number}".encode()).hexdigest()
+    return state
+
+
+def shard_of(root: Path, partition: int) -> dict[str, np.ndarray]:
+    """The tensors of a partition whose training was never killed."""
+    return load(make_shard(RunDirectory(root / "run"), partition, seed=int(state_at(partition, STEPS)[:8], 16)))
+
+
+class ChainedJob:
+    """Trains in steps of which each needs the one before, with a checkpoint after each."""
+
+    peak_rss = 1
+
+    def __init__(self, root: Path, arguments: dict[str, Any]) -> None:
+        self._root, self._directory = root, Path(arguments["work_dir"])
+        self._assignment = arguments["assignment"]
+        self._partition = int(self._assignment["partition"])
+        self._checkpoint = self._directory / "checkpoint.safetensors"
+        self.pid = os.getpid()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        held = read_json(self._checkpoint) if self._checkpoint.is_file() else {"step": 0, "state": state_at(self._partition, 0)}
+        for step in range(int(held["step"]), STEPS):
+            held = {"step": step + 1, "state": hashlib.sha256(f"{held['state']} {step}".encode()).hexdigest()}
+            write_json(self._checkpoint, held)
+            yield {"event": "progress", "stage": "expert", "step": step + 1, "steps": STEPS, "loss": 1.0,
+                   "tokens_per_second": 10.0, "resident_bytes": 1 << 20, "message": None}  # fmt: skip
+        self._state = held["state"]
+
+    def result(self) -> dict[str, Any]:
+        shard, manifest = self._directory / "shard.safetensors", self._directory / "manifest.json"
+        data = make_shard(RunDirectory(self._root / "run"), self._partition, seed=int(self._state[:8], 16))
+        write_bytes(shard, data)
+        write_json(manifest, {"tokens_seen": 1000, "final_loss": 3.5})
+        return {"step": STEPS, "steps": STEPS, "loss": 1.0, "peak_bytes": 1, "predicted_bytes": 1, "finished": True,
+                "shard": str(shard), "manifest": str(manifest), "sha256": hashlib.sha256(data).hexdigest()}  # fmt: skip
+
+    def finish(self) -> None:
+        """Nobody asks for it here."""
+
+    kill = finish
+
+
+def coordinate(root: Path) -> int:
+    """The coordinator: everything real but what needs torch."""
+    blobs._write_all = points.around("write of a chunk", blobs._write_all)
+    make = grpc.server
+    grpc.server = lambda *more, interceptors=(), **named: make(  # type: ignore[assignment]
+        *more, interceptors=[*interceptors, points.ServerPoints()], **named)  # fmt: skip
+    coordinator = Coordinator(CONFIG, root / "run", (root / LISTEN_FILE).read_text(), run_job=FakeJobs(),
+                              exit_when_done=True, dashboard=OFF)  # fmt: skip
+    with coordinator:
+        coordinator.wait()
+    return 0
+
+
+def work(root: Path) -> int:
+    """The node: everything real but what needs torch."""
+    opened = link.open_channel
+    link.open_channel = lambda *more: grpc.intercept_channel(opened(*more), points.ClientPoints())
+    _note_receipts(root)
+    invitation = Invitation.parse((root / INVITATION_FILE).read_text())
+    return run_node(link.Link(None, data_dir=root / "node", invitation=invitation), "2G", 1, "cpu", root / "node", "tester",
+                    False, run_job=lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
+
+
+def _note_receipts(root: Path) -> None:
+    """Write down every receipt that the node was given: it has to stay true."""
+    read = client._receipt
+
+    def noted(message: Any) -> Any:
+        receipt = read(message)
+        with open(root / RECEIPTS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps([receipt.partition, receipt.sha256, receipt.verdict.name]) + "\n")
+        return receipt
+
+    client._receipt = noted
+
+
+def main(role: str, root: str, log: str, deadly: str = "") -> None:
+    """Run a role until it is done."""
+    with report_errors():
+        points.install(Path(root), Path(log), deadly)
+        sys.exit({"coordinator": coordinate, "node": work}[role](Path(root)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
