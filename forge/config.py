@@ -83,9 +83,9 @@ class ModelConfig(Section):
     top_k: Count = Field(default=2, ge=1)
     """Experts that a token is sent to."""
     context_channels: Count = Field(default=8, ge=0)
-    """Channels of the residual stream, of d_model, that are kept for what the text so far is about: the last key/value head
-    of every layer writes it there in closed form, and only the router reads it. At most head_dim, and at most
-    n_experts - 1 of them are used; 0 gives the router nothing but the token's own state."""
+    """Channels of the residual stream, of d_model, that are kept for what the text so far is about: the embedding and the
+    last key/value head of the first layer write it there in closed form, and only the router reads it. At most head_dim, and
+    at most n_experts - 1 of them are used; 0 gives the router nothing but the token's own state."""
     max_seq_len: Count = Field(default=512, ge=8)
     """Tokens in a training sequence and the longest context that the model claims."""
     rope_theta: float = Field(default=10000.0, gt=0)
@@ -185,12 +185,13 @@ class PartitionConfig(Section):
 class RouterConfig(Section):
     """How the router is fitted: in closed form, on the frozen shared components, before any expert exists."""
 
-    method: Literal["ridge", "lda", "centroid"] = "ridge"
-    """ridge: regression on one-hot labels. lda: linear discriminant analysis. centroid: nearest partition mean."""
+    method: Literal["bayes", "ridge", "lda", "centroid"] = "bayes"
+    """bayes: naive Bayes on the text so far, read from the context channels. On all of the gate's input: ridge, regression
+    on one-hot labels; lda, linear discriminant analysis; centroid, nearest partition mean."""
     shrinkage: float = Field(default=1e-3, ge=0.0)
     """Epsilon in W + eps * tr(W)/d * I, for the pooled within-partition covariance W."""
     tokens: Count = Field(default=2_000_000, gt=0)
-    """Training tokens, spread over the partitions by their share, that the statistics are collected from."""
+    """Training tokens, spread over the partitions by their share, that ridge, lda and centroid are fitted on."""
 
 
 class PhaseConfig(Section):
@@ -291,6 +292,9 @@ class RunConfig(Section):
             raise ValueError("partition.method: labels needs data.label_field")
         if self.data.validation_fraction + self.data.test_fraction >= 0.9:
             raise ValueError("data.validation_fraction + data.test_fraction must leave at least a tenth for training")
+        if self.router.method == "bayes" and not self.model.context_channels and self.model.n_experts > 1:
+            raise ValueError("router.method: bayes reads the context channels, and model.context_channels is 0: set it, or "
+                             "choose router.method: ridge")  # fmt: skip
         return self
 
     @property

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lab.setting import TRAIN, Setting
+from benchmarks.lab.setting import CONTEXT_CHANNELS, TRAIN, Setting
 from forge.config import ExpertPhaseConfig, PhaseConfig
 from forge.data.packing import SequenceSampler
 from forge.files import TEMPORARY_SUFFIX
@@ -178,6 +178,8 @@ class GatedFFN(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         share = (x @ self._rows_ED.T).softmax(dim=-1)[..., self._expert, None]
+        # The context channels are for the router: no expert may learn to read them.
+        x = torch.cat([x[..., :-CONTEXT_CHANNELS], torch.zeros_like(x[..., -CONTEXT_CHANNELS:])], dim=-1)
         shared: Tensor = self._shared[0](x)
         return shared + share * (super().forward(x) - shared)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from forge.data.tokenizer import load_tokenizer
 from forge.evaluate.perplexity import Loss, equal_weight_mean, pooled
 from forge.files import read_json, write_json
 from forge.model.lm import DenseLM
-from forge.router.context import add_context
-from forge.router.fit import fit_rows
-from forge.router.stage import temperatures
+from forge.router.context import add_context, count_tokens
+from forge.router.fit import bayes_rows, fit_rows
+from forge.router.stage import SCALE_WINDOWS, temperatures
 from forge.router.statistics import Array, LayerStatistics, collect
 from forge.train.memory import TEMPERATURE_TOKENS
 
@@ -88,10 +89,22 @@ class Point:
 
     @cached_property
     def routed(self) -> DenseLM:
-        """The shared components with their context heads, as they are assembled."""
+        """The shared components with their context head, as they are assembled."""
         model = dense_model(self.setting, self.shared).eval().requires_grad_(False)
-        add_context(model, [partial(self.router_windows, k) for k in range(self.setting.experts)], RouterConfig().shrinkage)
+        add_context(model, self.counts, self.scale_windows(self.setting.experts))
         return model
+
+    @cached_property
+    def counts(self) -> Array:
+        """How often each token occurs in the training documents of each partition, (K, V)."""
+        corpus = self.setting.corpus
+        return np.stack([count_tokens((corpus.document(index) for index in self.documents(TRAIN, k)), corpus.vocab_size)
+                         for k in range(self.setting.experts)])  # fmt: skip
+
+    def scale_windows(self, partitions: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Some windows of the first partitions, by which the context channels are scaled."""
+        tokens = SCALE_WINDOWS * self.setting.scale.seq_len
+        return chain.from_iterable(self.setting.windows(self.documents(TRAIN, k), tokens) for k in range(partitions))
 
     def router_windows(self, partition: int) -> Iterator[npt.NDArray[np.int64]]:
         """The training windows of a partition that a router is fitted on."""
@@ -130,7 +143,7 @@ class Point:
 
     @cached_property
     def statistics(self) -> dict[bool, list[LayerStatistics]]:
-        """What a router is fitted on, with and without the context heads."""
+        """What ridge, lda and centroid are fitted on, with and without the context head."""
         return {context: self._collect(model) for context, model in ((True, self.routed), (False, self.base))}
 
     def _collect(self, model: DenseLM) -> list[LayerStatistics]:
@@ -143,7 +156,10 @@ class Point:
     def router(self, method: str = RouterConfig().method, context: bool = True) -> list[Tensor]:
         """Rows of the gate of every layer, (E, D), at the fitted temperature."""
         config = RouterConfig.model_validate({"method": method})
-        rows = [fit_rows(layer, config) for layer in self.statistics[context]]
+        if method == "bayes":
+            rows = [bayes_rows(self.routed.config, self.counts)] * self.routed.config.n_layers
+        else:
+            rows = [fit_rows(layer, config) for layer in self.statistics[context]]
         return self.at_temperature(self.routed if context else self.base, rows)
 
     def at_temperature(self, model: DenseLM, rows: Sequence[Array]) -> list[Tensor]:
@@ -335,12 +351,12 @@ ROWS: dict[str, Maker] = {
         log_p[:-1], log_p[-1], sizes)),
     "best single expert": _best_single,
     "oracle: the partition's expert": lambda p: from_log_p(p, _oracle),
-    "ours without context, top-1": lambda p: modular_row(p, p.ours(1, context=False)),
-    "ours without context, top-2": lambda p: modular_row(p, p.ours(2, context=False)),
+    "ours without context (ridge), top-2": lambda p: modular_row(p, p.ours(2, "ridge", context=False)),
     "ours (centroid), top-2": lambda p: modular_row(p, p.ours(2, "centroid")),
     "ours (lda), top-2": lambda p: modular_row(p, p.ours(2, "lda")),
-    "ours (ridge), top-1": lambda p: modular_row(p, p.ours(1, "ridge")),
     "ours (ridge), top-2": lambda p: modular_row(p, p.ours(2, "ridge")),
+    "ours (bayes), top-1": lambda p: modular_row(p, p.ours(1)),
+    "ours (bayes), top-2": lambda p: modular_row(p, p.ours(2)),
     "ours, router then fine-tuned (retraining)": _fine_tuned,
 }  # fmt: skip
 

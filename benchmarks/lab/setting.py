@@ -85,6 +85,7 @@ class Setting:
     def config(self, **model: Any) -> RunConfig:
         """A run's config at this scale; keyword arguments replace fields of the model."""
         s = self.scale
+        method = "bayes" if model.get("context_channels", CONTEXT_CHANNELS) else "ridge"
         return parse_config({
             "seed": self.seed,
             "data": {"source": str(self.root / "text" / "train.jsonl"), "label_field": "domain",
@@ -94,7 +95,7 @@ class Setting:
                       "context_channels": CONTEXT_CHANNELS, "n_experts": self.experts, "top_k": self.top_k,
                       "max_seq_len": s.seq_len, **model},
             "tokenizer": {"train_bytes": 12_000_000},
-            "router": {"tokens": s.router_tokens},
+            "router": {"tokens": s.router_tokens, "method": method},
             "train": {"batch_size": s.batch_size, "checkpoint_seconds": 60,
                       "shared": {"tokens": 1}, "expert": {"tokens": 1}}})  # fmt: skip
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.lab import mixtures, rivals
 from benchmarks.lab.phases import Recipe
 from benchmarks.lab.rows import Point, Row, modular_row, result
-from forge.config import RouterConfig
-from forge.model.lm import DenseLM, LanguageModel
-from forge.router.fit import fit_rows
-from forge.router.statistics import LayerStatistics, collect
+from forge.model.lm import LanguageModel
 
 Variant = Callable[[Point], tuple[Point, LanguageModel]]
 """The point of the rows -> the changed one and its assembled model."""
@@ -60,18 +57,6 @@ def counted(experts: int, grow: bool = False) -> Variant:
     return make
 
 
-def through_experts(point: Point) -> tuple[Point, LanguageModel]:
-    """Statistics of what the gates see once the experts are there, which takes every expert."""
-    config, count = RouterConfig(), point.setting.experts
-    layers = [LayerStatistics.empty(count, point.routed.config.d_model) for _ in range(point.routed.config.n_layers)]
-    for k in range(count):
-        oracle = mixtures.GatedMixture(point.routed, point.experts, mixtures.constant_gate(mixtures.one_hot(k, count)))
-        collect(cast(DenseLM, oracle), k, point.router_windows(k), layers)
-    rows = [fit_rows(layer, config) for layer in layers]
-    gate = mixtures.top_k_gate(point.at_temperature(point.routed, rows), point.setting.top_k)
-    return point, mixtures.GatedMixture(point.routed, point.experts, gate)
-
-
 def two_volunteers(point: Point) -> tuple[Point, LanguageModel]:
     """Two experts of each partition, which saw its text in different orders, averaged."""
     second = replace(point, recipe=Recipe(volunteer=1))
@@ -87,7 +72,6 @@ VARIANTS: dict[str, Variant] = {
     "all experts": gated(k=16),
     "gate twice as sharp": gated(sharpness=2.0),
     "gate half as sharp": gated(sharpness=0.5),
-    "statistics through the experts": through_experts,
     "partitions by tf-idf": placed(partition="tfidf"),
     "partitions at random": placed(partition="random"),
     "experts' rate x 2": trained(rate=2.0),

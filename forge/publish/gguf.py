@@ -172,7 +172,8 @@ def _tensors(config: ModelConfig, model_dir: Path) -> Iterator[GgufTensor]:
         name = f"blk.{layer}.{_EXPERT_NAMES[matrix]}.weight"
         return GgufTensor(name, shape, lambda: np.stack([read(part) for part in parts]), "q8_0")
 
-    yield one("token_embd.weight", "model.embed_tokens.weight")
+    # What the router needs to know (forge.router.context) is tiny there and in o_proj: 8 bits would lose it.
+    yield one("token_embd.weight", "model.embed_tokens.weight", "f16")
     yield one("output_norm.weight", "model.norm.weight", "f32")
     if not config.tie_embeddings:
         yield one("output.weight", "lm_head.weight")
@@ -182,7 +183,6 @@ def _tensors(config: ModelConfig, model_dir: Path) -> Iterator[GgufTensor]:
         yield one(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight", "f32")
         for projection, name in _ATTENTION_NAMES.items():
             heads = {"q_proj": config.n_heads, "k_proj": config.kv_heads}.get(projection, 0)
-            # The context head's tiny powers of two (forge.router.context) are exact in 16 bits and lost in 8.
             least: GgufType = "f16" if projection == "o_proj" else "q8_0"
             yield one(f"{theirs}.{name}.weight", f"{ours}.self_attn.{projection}.weight", least, heads)
         yield one(f"{theirs}.ffn_gate_inp.weight", names.gate_name(layer), "f32")

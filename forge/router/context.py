@@ -1,20 +1,23 @@
 """The context head: what the text so far is about, for the router to read, in closed form and in stock Mixtral.
 
-A token's own state says too little about its document. So the last key/value head of every layer is kept free in the
-shared phase (its weights stay zero) and filled in here. Its queries are zero, so that it attends evenly to everything so
-far; its values are the Fisher discriminants of the partitions (Fisher 1936; Hastie, Tibshirani & Friedman, The Elements
-of Statistical Learning, section 4.3.3) in exactly what it averages, the running mean of the layer's input. It adds them
-to channels of the residual stream that nothing but the router reads: their columns in every other matrix are zero.
+A token's own state says too little about its document. The text so far says more, and how much is what naive Bayes adds up:
+for every token the evidence log p(token | partition), less its mean over the partitions (Rennie et al. 2003, "Tackling the
+poor assumptions of naive Bayes text classifiers", whose transform of the counts it has as well). A stock checkpoint can hold
+it. Some channels of the residual stream and the last key/value head of every layer are kept at zero in the shared phase. Here
+the embedding gets the evidence of each token in these channels, and the head of the first layer, whose queries are zero so that
+it attends evenly to everything so far, writes the mean of it to the same channels, larger. Only the router reads them: their
+columns in every other matrix are zero.
 
-RMSNorm divides by the length of the whole stream, channels included, so they are written tiny and the norm before the gate
-makes them large again: the model's own computation moves by rounding only (`tests/router/test_context.py`).
+RMSNorm divides by the length of the whole stream, channels included, so they are written tiny and the norms that their
+readers have before them make them large again: the model's own computation moves by rounding only
+(`tests/router/test_context.py`).
 
-Shapes: B sequences, T tokens, D model width, K partitions, R = min(channels, K - 1) discriminants, L layers.
+Shapes: B sequences, T tokens, D model width, K partitions, V vocabulary, R = min(channels, K - 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 import math
 from typing import Any, cast
@@ -24,103 +27,138 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from forge.config import ModelConfig
 from forge.model.lm import DenseLayer, DenseLM
-from forge.router.statistics import Array, LayerStatistics, forward_batches
+from forge.router.statistics import Array, forward_batches
 
-#: Mean squares of what the layers write, summed, as a share of the smallest mean square of the residual stream.
+#: Mean square of what the head writes, as a share of the smallest mean square of the residual stream.
 _SHARE = 1e-8
+#: How much smaller than their mean the tokens' own evidence is written, since both are in the same channels.
+_QUIETER = 16.0
+#: Counts that the smoothing adds to a partition, spread over the vocabulary as the corpus is.
+_PRIOR_COUNTS = 500.0
 
 
-def add_context(model: DenseLM, windows: Sequence[Callable[[], Iterable[npt.NDArray[Any]]]], shrinkage: float) -> None:
-    """Fit the context heads of a dense model on the windows of each partition and write them into its weights.
+def count_tokens(documents: Iterable[npt.NDArray[Any]], vocab_size: int) -> Array:
+    """How often each token occurs, (V,): log(1 + its count) summed over the documents.
+
+    The logarithm makes a word that fills one document count for less than one that is in many (Rennie et al., section 4.1).
+    """
+    counts_V = np.zeros(vocab_size)
+    for document in documents:
+        tokens, occurrences = np.unique(document, return_counts=True)
+        counts_V[tokens] += np.log1p(occurrences)
+    return counts_V
+
+
+def evidence(counts_KV: Array, rank: int) -> tuple[Array, Array]:
+    """What each token says about the partition of its document.
 
     Args:
-        model: the shared components; their attention and norms are changed in place.
-        windows: for each partition a function that yields its windows, (length + 1,) token ids each.
-        shrinkage: epsilon in W + eps * tr(W)/D * I, for the pooled within-partition covariance W.
+        counts_KV: of each partition, from `count_tokens`; they add up, so a partition can be added later.
+        rank: R, directions that are kept: all there are when R = K - 1.
+
+    Returns:
+        e_VR and the basis u_KR: token v adds `u_KR @ e_VR[v]` to the partitions' log odds. A token that nobody has seen
+        says nothing.
+    """
+    prior_V = (counts_KV.sum(axis=0) + 1) / (counts_KV.sum() + counts_KV.shape[1])
+    totals_K1 = counts_KV.sum(axis=1, keepdims=True)
+    odds_KV = np.log((counts_KV + _PRIOR_COUNTS * prior_V) / (totals_K1 + _PRIOR_COUNTS))
+    odds_KV -= odds_KV.mean(axis=0)
+    odds_KV[:, counts_KV.sum(axis=0) == 0] = 0.0
+    # The directions in which the partitions' mean evidence lies apart.
+    means_KK = counts_KV / np.maximum(totals_K1, 1.0) @ odds_KV.T
+    basis_KR = np.linalg.eigh(means_KK.T @ means_KK)[1][:, ::-1][:, :rank]
+    # An eigenvector's sign is free: fix it, so that every machine writes the same head.
+    basis_KR = basis_KR * np.sign(basis_KR[np.abs(basis_KR).argmax(axis=0), np.arange(rank)])
+    return odds_KV.T @ basis_KR, basis_KR
+
+
+def add_context(model: DenseLM, counts_KV: Array, windows: Iterable[npt.NDArray[Any]]) -> None:
+    """Write the evidence and the head that averages it into the weights of a dense model, in place.
+
+    Args:
+        model: the shared components.
+        counts_KV: of each partition, from `count_tokens`.
+        windows: some windows of the corpus, (length + 1,) token ids each: how large the residual stream is there decides
+            how large the channels may be.
     """
     config = model.config
-    rank = min(config.context_channels, len(windows) - 1)
+    rank = context_rank(config, len(counts_KV))
     if rank < 1:
         return
-    layers = [LayerStatistics.empty(len(windows), config.d_model) for _ in range(config.n_layers)]
-    squares = [0.0] * config.n_layers
-    for partition, some in enumerate(windows):
-        for means, residuals in _attention_inputs(model, some()):
-            for layer, mean_ND in zip(layers, means, strict=True):
-                layer.add(partition, mean_ND)
-            squares = [total + residual for total, residual in zip(squares, residuals, strict=True)]
-    tokens = float(layers[0].counts_K.sum())
-    mean_squares = [total / tokens for total in squares]
-    projections = discriminants(layers, rank, shrinkage)
-    written = sum(float((layer.second_DD * (p_RD.T @ p_RD)).sum()) / tokens
-                  for layer, p_RD in zip(layers, projections, strict=True))  # fmt: skip
-    # A power of two is exact in every number format.
-    scale = 2.0 ** math.floor(math.log2(math.sqrt(_SHARE * config.d_model * min(mean_squares) / written)))
-    for index, p_RD in enumerate(projections):
-        _write_head(model, index, p_RD, scale, math.sqrt(mean_squares[index]))
+    evidence_VR, _ = evidence(counts_KV, rank)
+    kept = list(windows)
+    mean_square = float(np.mean(np.concatenate([np.square(running_mean(evidence_VR[w[:-1]])).sum(axis=1) for w in kept])))
+    squares_L = _residual_squares(model, kept)
+    # Powers of two are exact in every number format.
+    scale = 2.0 ** math.floor(math.log2(math.sqrt(_SHARE * config.d_model * min(squares_L) / max(mean_square, 1e-12))))
+    _write_evidence(model, evidence_VR, scale / _QUIETER)
+    _write_head(model, rank, scale)
+    channels = context_columns(config, rank)
+    for module, square in zip(model.model.layers, squares_L, strict=True):
+        norm = cast(DenseLayer, module).post_attention_layernorm
+        norm.weight.data[channels] = 2.0 ** round(math.log2(math.sqrt(square * rank / max(mean_square, 1e-12)) / scale))
 
 
-def discriminants(layers: Sequence[LayerStatistics], rank: int, shrinkage: float) -> list[Array]:
-    """The directions in which the partitions' means lie apart, (R, D) for every layer.
+def context_rank(config: ModelConfig, partitions: int) -> int:
+    """R: how many of the context channels are used."""
+    return min(config.context_channels, partitions - 1)
 
-    With C the centred means (K, D) and W the pooled within-partition covariance, shrunk, the rows of C W^-1 score the
-    partitions. The R eigenvectors with the largest eigenvalues of C W^-1 C' in the first layer are the basis U of the
-    scores that all layers write in, P = U C W^-1: what they add to the channels then adds up.
-    """
-    scores: list[Array] = []
-    basis_RK: Array | None = None
-    for layer in layers:
-        centred_KD = layer.means_KD - layer.means_KD.mean(axis=0)
-        scores.append(np.linalg.solve(layer.shrunk_within_DD(shrinkage), centred_KD.T).T)
-        if basis_RK is None:
-            vectors_KK = np.linalg.eigh(centred_KD @ scores[0].T)[1][:, ::-1]
-            # An eigenvector's sign is free: fix it, so that every machine writes the same head.
-            signs_K = np.sign(vectors_KK[np.abs(vectors_KK).argmax(axis=0), np.arange(len(vectors_KK))])
-            basis_RK = (vectors_KK * signs_K).T[:rank]
-    assert basis_RK is not None
-    return [basis_RK @ scores_KD for scores_KD in scores]
+
+def context_columns(config: ModelConfig, rank: int) -> slice:
+    """Where in the residual stream the context channels in use are."""
+    first = config.d_model - config.context_channels
+    return slice(first, first + rank)
+
+
+def running_mean(x_TR: Array) -> Array:
+    """The mean of everything so far, at every position, (T, R)."""
+    means_TR: Array = np.cumsum(x_TR, axis=0) / np.arange(1, len(x_TR) + 1)[:, None]
+    return means_TR
 
 
 @torch.no_grad()
-def _write_head(model: DenseLM, index: int, p_RD: Array, scale: float, residual_rms: float) -> None:
-    config, layer = model.config, cast(DenseLayer, model.model.layers[index])
-    rank, channel = len(p_RD), config.d_model - config.context_channels
+def _write_evidence(model: DenseLM, evidence_VR: Array, scale: float) -> None:
+    """Into the embedding, such that the first layer's attention reads exactly the evidence."""
+    config, embedding = model.config, model.model.embed_tokens.weight
+    channels = context_columns(config, evidence_VR.shape[1])
+    # The norm before the attention divides by each token's own length.
+    length_V1 = (embedding.double().square().mean(dim=1, keepdim=True) + config.norm_eps).sqrt()
+    # About one for the corpus: then the power of two that the norm multiplies by is the inverse of what is written here.
+    scale = 2.0 ** round(math.log2(scale / float(length_V1.mean())))
+    embedding[:, channels] = (scale * length_V1 * torch.from_numpy(evidence_VR)).to(embedding)
+    cast(DenseLayer, model.model.layers[0]).input_layernorm.weight[channels] = 1 / scale
+
+
+@torch.no_grad()
+def _write_head(model: DenseLM, rank: int, scale: float) -> None:
+    config, attention = model.config, cast(DenseLayer, model.model.layers[0]).self_attn
+    channels = context_columns(config, rank)
     query = config.head_dim * (config.n_heads - config.n_heads // config.kv_heads)
     value = config.head_dim * (config.kv_heads - 1)
-    # Rounded as it will be published, so that the gate is fitted on what it will see.
-    published = torch.from_numpy(p_RD.copy()).to(getattr(torch, config.dtype))
-    layer.self_attn.v_proj.weight[value : value + rank] = published.to(layer.self_attn.v_proj.weight)
-    layer.self_attn.o_proj.weight[channel : channel + rank, query : query + rank] = scale * torch.eye(rank)
-    layer.post_attention_layernorm.weight[channel : channel + rank] = 2.0 ** round(math.log2(residual_rms / scale))
+    attention.v_proj.weight[value : value + rank, channels] = torch.eye(rank)
+    attention.o_proj.weight[channels, query : query + rank] = scale * torch.eye(rank)
 
 
-def _attention_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[tuple[list[Array], list[float]]]:
-    """Batch by batch: per layer the running mean of what its attention reads, (N, D), and the residual's summed squares."""
-    means: list[Tensor] = []
+def _residual_squares(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> list[float]:
+    """Mean square of the residual stream that each layer's gate reads."""
     squares: list[Tensor] = []
-
-    def attention_input(module: torch.nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
-        counts_T1 = torch.arange(1, output_BTD.shape[1] + 1, dtype=output_BTD.dtype)[:, None]
-        means.append(output_BTD.cumsum(dim=1) / counts_T1)
-
-    def ffn_input(module: torch.nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
-        squares.append(arguments[0].square().mean(dim=-1))
-
-    with _hooked(model, attention_input, ffn_input):
+    totals, tokens = [0.0] * model.config.n_layers, 0
+    with _hooked(model, lambda module, arguments, output: squares.append(arguments[0].square().mean(dim=-1))):
         for kept_BT, _ in forward_batches(model, windows):
-            yield ([mean_BTD.numpy()[kept_BT].astype(np.float64) for mean_BTD in means],
-                   [float(square_BT.numpy()[kept_BT].sum(dtype=np.float64)) for square_BT in squares])  # fmt: skip
-            means.clear()
+            tokens += int(kept_BT.sum())
+            totals = [total + float(square_BT.numpy()[kept_BT].sum(dtype=np.float64))
+                      for total, square_BT in zip(totals, squares, strict=True)]  # fmt: skip
             squares.clear()
+    return [total / tokens for total in totals]
 
 
 @contextmanager
-def _hooked(model: DenseLM, attention_input: Callable[..., None], ffn_input: Callable[..., None]) -> Iterator[None]:
-    handles = []
-    for layer in cast(Iterable[DenseLayer], model.model.layers):
-        handles.append(layer.input_layernorm.register_forward_hook(attention_input))
-        handles.append(layer.post_attention_layernorm.register_forward_hook(ffn_input))
+def _hooked(model: DenseLM, ffn_input: Callable[..., None]) -> Iterator[None]:
+    handles = [layer.post_attention_layernorm.register_forward_hook(ffn_input)
+               for layer in cast(Iterable[DenseLayer], model.model.layers)]  # fmt: skip
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The router in closed form: discriminants from statistics, without a bias, at a fitted temperature.
+"""The router in closed form: naive Bayes from counts, or discriminants from statistics, without a bias.
 
 Mixtral's gate has no bias. With mu the mean of the partition means, v = W^-1 mu / (mu' W^-1 mu) satisfies E[v.x] = 1, so
 the row w_k + b_k v gives the same logits in expectation as w_k x + b_k.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from forge.config import RouterConfig
+from forge.config import ModelConfig, RouterConfig
+from forge.router.context import context_columns, context_rank, evidence
 from forge.router.statistics import Array, LayerStatistics
 
 #: Temperatures are searched within exp(+-this): wide enough for ridge, whose logits lie between 0 and 1.
@@ -28,6 +29,18 @@ def fit_rows(statistics: LayerStatistics, config: RouterConfig) -> Array:
         raise ValueError("every partition needs tokens before the router can be fitted")
     weights_KD, bias_K = _METHODS[config.method](statistics, config.shrinkage)
     return fold_bias(statistics, config.shrinkage, weights_KD, bias_K)
+
+
+def bayes_rows(config: ModelConfig, counts_KV: Array) -> Array:
+    """Rows that turn the mean evidence in the context channels into log odds, (K, D): naive Bayes on the text so far.
+
+    The same in every layer, and without a bias to fold: the evidence has mean zero over the partitions, which count alike.
+    """
+    rows_KD = np.zeros((len(counts_KV), config.d_model))
+    rank = context_rank(config, len(counts_KV))
+    if rank > 0:
+        rows_KD[:, context_columns(config, rank)] = evidence(counts_KV, rank)[1]
+    return rows_KD
 
 
 def lda(statistics: LayerStatistics, shrinkage: float) -> tuple[Array, Array]:

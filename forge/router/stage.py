@@ -1,9 +1,9 @@
-"""Fit the router of a run: collect statistics on the training tokens, fit, and set each layer's temperature."""
+"""Fit the router of a run: count the training tokens, write the context head, fit, and set each layer's temperature."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,24 @@ from forge.data.tokens import TokenFile
 from forge.files import RunDirectory, write_bytes
 from forge.model.lm import DenseLM, load_dense
 from forge.model.names import gate_name, shared_tensors
-from forge.router.context import add_context
-from forge.router.fit import fit_rows, fit_temperature
-from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs, save_statistics
+from forge.router.context import add_context, count_tokens
+from forge.router.fit import bayes_rows, fit_rows, fit_temperature
+from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs
 from forge.train.loop import Progress
 from forge.train.memory import TEMPERATURE_TOKENS
 from forge.vocabulary import END_OF_TEXT_ID
+
+#: Training tokens, over all partitions, whose counts the evidence is made of.
+COUNTED_TOKENS = 20_000_000
+#: Windows of each partition that say how large the residual stream is.
+SCALE_WINDOWS = 8
 
 
 def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     """Fit the router on the frozen shared components and put it into the run's blobs.
 
     Returns:
-        Facts of the stage: the blobs of the router and of the shared components with their context heads, and per layer
+        Facts of the stage: the blobs of the router and of the shared components with their context head, and per layer
         the held-out token accuracy and the temperature's factor.
     """
     config = run.config
@@ -40,18 +45,23 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     files = partitions["partitions"]
     total = sum(file["tokens"] for file in files)
 
-    def windows(file: dict[str, Any]) -> Iterator[np.ndarray]:
-        share = max(config.model.max_seq_len, round(config.router.tokens * file["tokens"] / total))
-        return _windows(run.blobs.path(file["train"]["sha256"]), config, share)
+    def windows(file: dict[str, Any], tokens: int) -> Iterator[np.ndarray]:
+        return _windows(run.blobs.path(file["train"]["sha256"]), config, max(config.model.max_seq_len, tokens))
 
-    progress(stage="router", step=0, steps=len(files), message="fitting the context head")
-    add_context(model, [partial(windows, file) for file in files], config.router.shrinkage)
-    statistics = [LayerStatistics.empty(len(files), config.model.d_model) for _ in range(config.model.n_layers)]
-    for file in files:
-        collect(model, file["partition"], windows(file), statistics)
-        progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
-    save_statistics(run.data / "router-statistics.safetensors", statistics)
-    rows = [fit_rows(layer, config.router) for layer in statistics]
+    progress(stage="router", step=0, steps=len(files), message="counting tokens")
+    counts_KV = np.stack([_count(TokenFile(run.blobs.path(file["train"]["sha256"])), config.model.vocab_size,
+                                 COUNTED_TOKENS * file["tokens"] // total) for file in files])  # fmt: skip
+    write_bytes(run.data / "token-counts.safetensors", save({"counts_KV": torch.from_numpy(counts_KV)}))
+    add_context(model, counts_KV, chain.from_iterable(
+        windows(file, SCALE_WINDOWS * config.model.max_seq_len) for file in files))  # fmt: skip
+    if config.router.method == "bayes":
+        rows = [bayes_rows(config.model, counts_KV)] * config.model.n_layers
+    else:
+        statistics = [LayerStatistics.empty(len(files), config.model.d_model) for _ in range(config.model.n_layers)]
+        for file in files:
+            collect(model, file["partition"], windows(file, round(config.router.tokens * file["tokens"] / total)), statistics)
+            progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
+        rows = [fit_rows(layer, config.router) for layer in statistics]
     held_out = [_windows(run.blobs.path(file["validation"]["sha256"]), config, TEMPERATURE_TOKENS) for file in files]
     factors, accuracies = temperatures(model, rows, held_out)
     dtype = getattr(torch, config.model.dtype)
@@ -61,6 +71,12 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             "shared_with_context": _publish(run, "shared-with-context", {
                 name: weights[name].detach().to(dtype) for name in shared_tensors(config.model)}),
             "token_accuracy": accuracies, "factors": factors}  # fmt: skip
+
+
+def _count(file: TokenFile, vocab_size: int, tokens: int) -> Array:
+    """The counts of documents from all over a file, of about so many tokens."""
+    every = max(1, -(-file.total_tokens // max(1, tokens)))
+    return count_tokens((file.document(index) for index in range(0, len(file), every)), vocab_size)
 
 
 def _publish(run: RunDirectory, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

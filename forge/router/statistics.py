@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 import torch
 
 from forge.data.packing import batches, pad
-from forge.errors import StorageError
-from forge.files import atomic_file
 from forge.model.lm import DenseLM
 from forge.train.loss import IGNORE_INDEX
 from forge.train.memory import STATISTICS_TOKENS
@@ -101,25 +96,3 @@ def collect(model: DenseLM, partition: int, windows: Iterable[npt.NDArray[Any]],
             layer.add(partition, x_ND)
         tokens += len(layers[0])
     return tokens
-
-
-def save_statistics(path: Path, layers: list[LayerStatistics]) -> None:
-    """Write the statistics of all layers to one safetensors file, atomically."""
-    tensors = {f"{index}.{field}": getattr(layer, field) for index, layer in enumerate(layers)
-               for field in ("counts_K", "sums_KD", "second_DD")}  # fmt: skip
-    with atomic_file(path) as file:
-        file.write(save(tensors))
-
-
-def load_statistics(path: Path) -> list[LayerStatistics]:
-    """Read what `save_statistics` wrote.
-
-    Raises:
-        StorageError: the file is missing or damaged.
-    """
-    try:
-        tensors = load_file(path)
-        return [LayerStatistics(tensors[f"{i}.counts_K"], tensors[f"{i}.sums_KD"], tensors[f"{i}.second_DD"])
-                for i in range(len(tensors) // 3)]  # fmt: skip
-    except (OSError, SafetensorError, KeyError) as error:
-        raise StorageError(f"The router statistics {path} are missing or damaged.", detail=str(error)) from error

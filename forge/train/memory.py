@@ -224,11 +224,14 @@ def _router(config: RunConfig) -> dict[str, int]:
     positions = min(STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
     inputs = positions * model.n_layers * model.d_model
     logits = 2 * TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
-    # The running means and the gate inputs of all layers are collected in a forward pass and one of them is widened after it;
-    # the logits of held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
+    # The gate inputs of all layers are collected in a forward pass and one of them is widened after it; the logits of
+    # held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
     published = (model.dense_parameters - model.expert_parameters) * _FLOAT * 3 // 2
-    reading = max(inputs * 2 * _FLOAT + _layer_bytes(model, positions), inputs * (2 * _FLOAT + _DOUBLE), logits, published)
-    return _dense_weights(model) | {"statistics": model.n_layers * square * 2 + 3 * square, "activations": reading}
+    reading = max(inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits, published)
+    # Naive Bayes has the counts and three arrays like them; the other methods second moments, of which one is inverted.
+    statistics = (4 * model.n_experts * model.vocab_size * _DOUBLE if config.router.method == "bayes" else
+                  model.n_layers * square * 2 + 3 * square)  # fmt: skip
+    return _dense_weights(model) | {"statistics": statistics, "activations": reading}
 
 
 def _validate(config: RunConfig) -> dict[str, int]:
