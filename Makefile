@@ -3,13 +3,17 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llama check bench bench-quality format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
+test-faults: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.sweep $(ARGS)
 
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev

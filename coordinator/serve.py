@@ -54,9 +54,11 @@ if TYPE_CHECKING:
 WORKERS = 64
 #: Seconds that calls get to end when the coordinator is stopped.
 CALL_GRACE_SECONDS = 1.0
-#: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do. Nodes that
-#: wait in the expert phase ask every five seconds.
-FAREWELL_SECONDS = 12.0
+#: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do: longer than the
+#: longest pause of a node that found it away.
+FAREWELL_SECONDS = 20.0
+#: A node that was seen within so many seconds is still waited for: it may not have found its way back after a restart.
+LATELY_SECONDS = 60.0
 #: `--dashboard off`.
 OFF = "off"
 #: Calls that may wait for a worker or be answered at one time; more are told to come back.
@@ -262,7 +264,7 @@ class Coordinator:
         """Stay until every node that was here lately has heard that nothing is left to do."""
         deadline = time.monotonic() + FAREWELL_SECONDS
         while time.monotonic() < deadline and not self._stop_asked.wait(0.2):
-            lately = self._clock() - FAREWELL_SECONDS
+            lately = self._clock() - LATELY_SECONDS
             present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately}
             if present <= self._desk.told_done:
                 return

@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from coordinator.invite import create_token
 from forge.checkpoint.assembly import arrived
 from forge.checkpoint.safetensors_header import read_header
+from forge.errors import NetworkError
 from forge.files import RunDirectory
 from forge.vocabulary import INDEX_FILE, expert_file
 from tests.coordinator.fakes import CONFIG
@@ -91,6 +92,8 @@ def _follow(root: Path, outcome: Outcome) -> None:
                     outcome.killed = True
                     _check_model(root, outcome)
                     running[role] = _start(role, root, "")
+                elif code == NetworkError.exit_code and role == "node":
+                    running[role] = _start(role, root, "")  # A person who started it before the coordinator starts it again.
                 elif code is not None:
                     del running[role]
                     if code:
