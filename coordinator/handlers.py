@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import json
 import math
 import re
+import time
 from typing import Any
 
 from coordinator.activity import LONGEST_WAIT_SECONDS, SHORTEST_WAIT_SECONDS, Activity
@@ -92,7 +93,7 @@ class Desk:
     """The losses that heartbeats report."""
     snapshots: Snapshots
     """The run at one moment."""
-    told_done: set[str] = field(default_factory=set)
+    told_done: dict[str, float] = field(default_factory=dict)
     """Nodes that know that nothing is left to do."""
 
 
@@ -150,7 +151,7 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
         raise InvalidRequestError(f"A node prefers at most {MAX_LIST} partitions.")
     counts = desk.state.counts()
     if counts.complete:
-        desk.told_done.add(node.id)
+        desk.told_done[node.id] = time.monotonic()
         return Done(reason=f"all {counts.total} experts are accepted")
     now = desk.activity.snapshot()
     if now.phase != "experts":

@@ -57,6 +57,8 @@ CALL_GRACE_SECONDS = 1.0
 #: Seconds, at most, that a finished coordinator stays so that waiting nodes hear that nothing is left to do: longer than the
 #: longest pause of a node that found it away.
 FAREWELL_SECONDS = 20.0
+#: Seconds after an answer in which a node that did not get it has asked again.
+ANSWER_SECONDS = 2.0
 #: A node that was seen within so many seconds is still waited for: it may not have found its way back after a restart.
 LATELY_SECONDS = 60.0
 #: `--dashboard off`.
@@ -266,7 +268,9 @@ class Coordinator:
         while time.monotonic() < deadline and not self._stop_asked.wait(0.2):
             lately = self._clock() - LATELY_SECONDS
             present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately}
-            if present <= self._desk.told_done:
+            told = self._desk.told_done
+            # An answer can be lost on its way: who did not get it asks again at once.
+            if all(node in told and time.monotonic() - told[node] > ANSWER_SECONDS for node in present):
                 return
 
     def _end_work(self) -> None:

@@ -359,7 +359,7 @@ class FleetClient:
     def _before_pause(self, what: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         pause = state.next_action.sleep if state.next_action is not None else 0.0
-        if may_be_dead(error) and self._channel is not None:
+        if self._channel is not None and (may_be_dead(error) or self._link.moved()):
             old = self._channel
             self._connect()
             old.close()

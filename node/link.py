@@ -9,7 +9,7 @@ so that the next start needs no invitation, whatever the coordinator's address i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 import ipaddress
 from pathlib import Path
 import socket
@@ -95,6 +95,15 @@ class Link:
         if not self._ca:
             self._find()
         return open_channel(self.address, self._ca)
+
+    def moved(self) -> bool:
+        """Whether the coordinator answers at another of its addresses now, after it was lost at the last one."""
+        before = self.address
+        if not self._ca or len(self._addresses) < 2:
+            return False
+        with suppress(StalledError, AccessError):
+            self._find()
+        return self.address != before
 
     def remember(self) -> None:
         """Keep what was joined, so that the next start finds it again.

@@ -111,7 +111,15 @@ def _path(path: Any, named: dict[str, Any]) -> str:
 
 
 class ServerPoints(grpc.ServerInterceptor):
-    """Points when a call has come, when its answer is made, and when the answer is sent."""
+    """Points when a call has come, when its answer is made, and when the answer is sent.
+
+    Args:
+        lose: whether every second reply of each call is lost.
+    """
+
+    def __init__(self, lose: bool = False) -> None:
+        self._lose = lose
+        self._answers: Counter[str] = Counter()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
@@ -125,6 +133,10 @@ class ServerPoints(grpc.ServerInterceptor):
                 context.add_callback(lambda: passed(f"{name} is over"))
                 answer = inner(request, context)
                 passed(f"{name} has its answer")
+                self._answers[name] += 1
+                if self._lose and self._answers[name] % 2:
+                    passed(f"{name} loses its reply")
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the reply is lost")
                 return answer
 
             return behaviour

@@ -35,7 +35,7 @@ from forge.checkpoint.safetensors_header import read_header
 from forge.errors import NetworkError
 from forge.files import RunDirectory
 from forge.vocabulary import INDEX_FILE, expert_file
-from tests.coordinator.fakes import CONFIG
+from tests.coordinator import fakes
 from tests.faults.work import INVITATION_FILE, LISTEN_FILE, RECEIPTS_FILE, shard_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,22 +67,33 @@ def one_run(role: str = "", point: str = "") -> Outcome:
     outcome = Outcome(role, point)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        (root / LISTEN_FILE).write_text(address)
-        text, _ = create_token(root / "run", uses=1, expires="7d", name="", addresses=[address])
-        (root / INVITATION_FILE).write_text(text)
-        _follow(root, outcome)
+        address = free_address()
+        prepare(root, address, [address])
+        follow(root, outcome)
         if not outcome.wrong:
-            _check_end(root, outcome)
+            check_end(root, outcome)
         outcome.passed = {role: (root / f"{role}.log").read_text().splitlines() for role in ROLES}
     return outcome
 
 
-def _follow(root: Path, outcome: Outcome) -> None:
+def free_address() -> str:
+    """`HOST:PORT` where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def prepare(root: Path, listen: str, addresses: list[str]) -> None:
+    """Write down where the coordinator will listen, and the node's invitation, which says where to look for it."""
+    (root / LISTEN_FILE).write_text(listen)
+    text, _ = create_token(root / "run", uses=1, expires="7d", name="", addresses=addresses)
+    (root / INVITATION_FILE).write_text(text)
+
+
+def follow(root: Path, outcome: Outcome, patience: float = PATIENCE) -> None:
+    """Run both processes to their end; the one that dies at its point is started again."""
     running = {role: _start(role, root, outcome.point if role == outcome.role else "") for role in ROLES}
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     try:
         while running:
             time.sleep(0.02)
@@ -100,7 +111,7 @@ def _follow(root: Path, outcome: Outcome) -> None:
                         outcome.wrong.append(f"the {role} ended with {code}: {_tail(root / f'{role}.out')}")
                         return
             if time.monotonic() > deadline:
-                outcome.wrong.append(f"not done after {PATIENCE:.0f} s: {', '.join(running)} still running; "
+                outcome.wrong.append(f"not done after {patience:.0f} s: {', '.join(running)} still running; "
                                      f"{_tail(root / 'node.out')}; {_tail(root / 'coordinator.out')}")  # fmt: skip
                 return
     finally:
@@ -134,7 +145,8 @@ def _check_model(root: Path, outcome: Outcome) -> None:
         json.loads((model / file).read_text())
 
 
-def _check_end(root: Path, outcome: Outcome) -> None:
+def check_end(root: Path, outcome: Outcome) -> None:
+    """Nothing lost, nothing counted twice, nothing half-written."""
     _check_model(root, outcome)
     run = RunDirectory(root / "run")
     with closing(sqlite3.connect(run.database)) as database:
@@ -142,7 +154,7 @@ def _check_end(root: Path, outcome: Outcome) -> None:
                   database.execute("select partition, sha256, verdict from shards")}  # fmt: skip
         nodes = database.execute("select count(*) from nodes").fetchone()[0]
     accepted = sorted(place for place, verdict in shards.items() if verdict == "accepted")
-    if accepted != sorted(arrived(run.model).items()) or [k for k, _ in accepted] != list(range(CONFIG.model.n_experts)):
+    if accepted != sorted(arrived(run.model).items()) or [k for k, _ in accepted] != list(range(fakes.CONFIG.model.n_experts)):
         outcome.wrong.append(f"accepted are {accepted}, and the model holds {arrived(run.model)}")
     for partition, _ in accepted:
         held, expected = load_file(run.model / expert_file(partition)), shard_of(root, partition)

@@ -1,4 +1,7 @@
-"""The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`."""
+"""The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`.
+
+FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,26 @@ from safetensors.numpy import load
 
 from coordinator import blobs
 from coordinator.serve import OFF, Coordinator
+from forge.config import parse_config
 from forge.errors import report_errors
 from forge.files import RunDirectory, read_json, write_bytes, write_json
 from forge.invitation import Invitation
 from node import client, link
 from node.cli import run_node
-from tests.coordinator.fakes import CONFIG, FakeJobs, make_shard
+from tests.coordinator import fakes
+from tests.coordinator.fakes import FakeJobs, make_shard
 from tests.faults import points
 
 STEPS = 3
 LISTEN_FILE, INVITATION_FILE, RECEIPTS_FILE = "listen", "invitation", "receipts"
+
+
+def choose_size(large: bool) -> None:
+    """Have this process work on shards of one chunk, or of twelve."""
+    fakes.CONFIG = parse_config(_SMALL.model_dump() | {"model": _SMALL.model.model_dump() | ({"d_ff": 49_152} if large else {})})
+
+
+_SMALL = fakes.CONFIG
 
 
 def state_at(partition: int, step: int) -> str:
@@ -81,8 +94,8 @@ def coordinate(root: Path) -> int:
     blobs._write_all = points.around("write of a chunk", blobs._write_all)
     make = grpc.server
     grpc.server = lambda *more, interceptors=(), **named: make(  # type: ignore[assignment]
-        *more, interceptors=[*interceptors, points.ServerPoints()], **named)  # fmt: skip
-    coordinator = Coordinator(CONFIG, root / "run", (root / LISTEN_FILE).read_text(), run_job=FakeJobs(),
+        *more, interceptors=[*interceptors, points.ServerPoints(lose="FAULTS_LOSE" in os.environ)], **named)  # fmt: skip
+    coordinator = Coordinator(fakes.CONFIG, root / "run", (root / LISTEN_FILE).read_text(), run_job=FakeJobs(),
                               exit_when_done=True, dashboard=OFF)  # fmt: skip
     with coordinator:
         coordinator.wait()
@@ -115,6 +128,7 @@ def _note_receipts(root: Path) -> None:
 def main(role: str, root: str, log: str, deadly: str = "") -> None:
     """Run a role until it is done."""
     with report_errors():
+        choose_size("FAULTS_LARGE" in os.environ)
         points.install(Path(root), Path(log), deadly)
         sys.exit({"coordinator": coordinate, "node": work}[role](Path(root)))
 

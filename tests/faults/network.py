@@ -1,0 +1,235 @@
+"""A node behind a bad line: slow, late, stalling, cut, losing replies, leading elsewhere; nothing is tuned for it.
+
+    python -m tests.faults.network
+
+The line is a TCP relay between the real processes of the sweep, so a lost packet shows as what TCP makes of it, a pause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+import os
+from pathlib import Path
+import random
+import socket
+import sys
+import tempfile
+import threading
+import time
+
+from forge.vocabulary import CHUNK_BYTES
+from tests.faults.sweep import Outcome, check_end, follow, free_address, prepare
+from tests.faults.work import choose_size
+
+#: Bytes of a large shard, about, and of the three of a run.
+SHARD = 12 * CHUNK_BYTES
+UPLOADED = 3 * SHARD
+#: Seconds that TCP waits before it sends a lost packet again, about (RFC 6298: at least 0.2 on Linux).
+RETRANSMISSION = 0.3
+
+
+@dataclass
+class Line:
+    """A relay. What it does to the bytes is decided anew for every piece of at most 16 KiB.
+
+    Args:
+        target: where the coordinator listens.
+    """
+
+    target: str
+    delay: float = 0.0
+    """Seconds, each way."""
+    rate: float = 0.0
+    """Bytes a second of each connection and direction; 0 has no limit."""
+    loss: float = 0.0
+    """Share of the pieces that come after a retransmission."""
+    cuts: list[int] = field(default_factory=list)
+    """Bytes from the node, since the start, at which every connection is cut."""
+    stalls: list[int] = field(default_factory=list)
+    """Bytes from the node at which its connection falls silent for good without being closed."""
+    upwards: int = 0
+    faults: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock, self._open = threading.Lock(), list[socket.socket]()
+        self._random = random.Random(0)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop relaying."""
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._cut()
+
+    def _cut(self) -> None:
+        with self._lock:
+            for connection in self._open:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def _accept(self) -> None:
+        host, _, port = self.target.rpartition(":")
+        while True:
+            try:
+                client, _ = self._server.accept()
+                target = socket.create_connection((host, int(port)))
+            except OSError:
+                if self._server.fileno() < 0:
+                    return
+                client.close()
+                continue
+            with self._lock:
+                self._open += [client, target]
+            for source, sink, up in ((client, target, True), (target, client, False)):
+                threading.Thread(target=self._relay, args=(source, sink, up), daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(16 << 10):
+                if self.delay:
+                    time.sleep(self.delay)
+                if self.rate:
+                    time.sleep(len(data) / self.rate)
+                if self.loss and self._random.random() < self.loss:
+                    self.faults += 1
+                    time.sleep(RETRANSMISSION)
+                if up and self._fault(len(data), source):
+                    return
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def _fault(self, count: int, source: socket.socket) -> bool:
+        """Whether this piece is where the connection ends or falls silent."""
+        with self._lock:
+            self.upwards += count
+            due = [plan for plan in (self.cuts, self.stalls) if plan and self.upwards >= plan[0]]
+            for plan in due:
+                plan.pop(0)
+                self.faults += 1
+        if due and due[0] is self.cuts:
+            self._cut()
+        while due and due[0] is self.stalls and source.fileno() >= 0:
+            if not source.recv(16 << 10):  # swallowed until the node gives up
+                break
+        return bool(due)
+
+
+@contextmanager
+def line(target: str, **faults: object) -> Iterator[Line]:
+    """A line that lasts as long as the block."""
+    laid = Line(target, **faults)  # type: ignore[arg-type]
+    try:
+        yield laid
+    finally:
+        laid.close()
+
+
+def through_a_line(large: bool = True, patience: float = 300.0, **faults: object) -> tuple[Outcome, int, str]:
+    """A whole run behind a line: its outcome, the faults that happened, and a remark."""
+    outcome = Outcome("", "")
+    with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LARGE="1" if large else None):
+        root, listen = Path(name), free_address()
+        with line(listen, **faults) as laid:
+            prepare(root, listen, [laid.address])
+            follow(root, outcome, patience)
+            if not outcome.wrong:
+                check_end(root, outcome)
+            twice = laid.upwards - UPLOADED
+            if "cuts" in faults and twice > (laid.faults + 1) * CHUNK_BYTES:
+                outcome.wrong.append(f"{twice:,} bytes were sent twice in {laid.faults} cuts")
+            remark = f"{max(twice, 0) / 2**20:.1f} MiB beside the shards" if large else ""
+            return outcome, laid.faults, remark
+
+
+def lost_replies() -> tuple[Outcome, int, str]:
+    """Every call is carried out, and every second time its reply does not arrive."""
+    outcome = Outcome("", "")
+    with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LOSE="1"):
+        root, listen = Path(name), free_address()
+        prepare(root, listen, [listen])
+        follow(root, outcome, 300.0)
+        if not outcome.wrong:
+            check_end(root, outcome)
+        lost = [point for point in (root / "coordinator.log").read_text().splitlines() if "loses its reply" in point]
+        return outcome, len(lost), ", ".join(sorted({point.split()[0] for point in lost}))
+
+
+def another_address() -> tuple[Outcome, int, str]:
+    """The coordinator dies and comes back at the other address that the invitation names."""
+    outcome = Outcome("coordinator", "Commit has its answer 2")
+    with tempfile.TemporaryDirectory() as name:
+        root, listen, later = Path(name), free_address(), free_address()
+        prepare(root, listen, [listen, later])
+        moved = threading.Thread(target=_move, args=(root, later))
+        moved.start()
+        follow(root, outcome, 300.0)
+        moved.join()
+        if not outcome.wrong:
+            check_end(root, outcome)
+        return outcome, 1, ""
+
+
+def _move(root: Path, later: str) -> None:
+    """Once the coordinator runs, the next one listens elsewhere."""
+    while not (root / "run" / "coordinator.json").is_file():
+        time.sleep(0.05)
+    (root / "listen").write_text(later)
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    choose_size("FAULTS_LARGE" in os.environ)
+    try:
+        yield
+    finally:
+        _set(before)
+        choose_size("FAULTS_LARGE" in os.environ)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+#: Bytes from the node before the first upload: calls, handshakes and acknowledgements of three downloads.
+_CALLS = 100_000
+#: A tenth of each of the three uploads.
+_TENTHS = [_CALLS + number * SHARD // 10 for number in range(1, 30)]
+
+FAULTS: dict[str, Callable[[], tuple[Outcome, int, str]]] = {
+    "300 ms later, each way": lambda: through_a_line(delay=0.3),
+    "50 kB/s, each way": lambda: through_a_line(large=False, patience=900.0, rate=50_000.0),
+    "5 % loss": lambda: through_a_line(loss=0.05),
+    "a stall in each upload": lambda: through_a_line(stalls=[_CALLS + SHARD * number // 2 for number in (1, 3, 5)]),
+    "a cut at each tenth of the uploads": lambda: through_a_line(cuts=list(_TENTHS)),
+    "every second reply lost": lost_replies,
+    "the coordinator moves to its other address": another_address,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Every fault, a table, and what went wrong."""
+    print("| the line | faults | | lost, doubled or stuck | seconds |\n|---|---|---|---|---|")
+    bad = 0
+    for name, make in FAULTS.items():
+        begun = time.monotonic()
+        outcome, faults, remark = make()
+        bad += bool(outcome.wrong)
+        print(f"| {name} | {faults} | {remark} | {'; '.join(outcome.wrong) or 'nothing'} | {time.monotonic() - begun:.0f} |",
+              flush=True)  # fmt: skip
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
