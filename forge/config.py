@@ -235,8 +235,12 @@ class TrainConfig(Section):
 class AssemblyConfig(Section):
     """When a shard is accepted and what is done to the assembled model."""
 
-    margin: float = Field(default=0.0, ge=0.0)
-    """Nats by which a shard must beat the shared components on its partition's validation documents."""
+    margin: float = Field(default=0.001, ge=0.0)
+    """Nats a token by which a shard must beat the shared components on its partition's validation documents."""
+    tolerance: float = Field(default=0.02, ge=0.0)
+    """Nats a token by which a shard may raise any partition's validation loss in the assembled model."""
+    slice_tokens: Count = Field(default=4096, gt=0)
+    """Validation tokens a partition, at most, on which that rise is measured, once without and once with the shard."""
     calibrate_norms: bool = False
     """Rescale the final norm in closed form after the last shard, kept only if the validation loss improves."""
 
