@@ -14,9 +14,11 @@ from coordinator.assembler import ATTEMPTS, IDLE_SECONDS, RETRY_SECONDS, Assembl
 from coordinator.journal import Journal
 from coordinator.state import State
 from forge.checkpoint import assembly
+from forge.checkpoint.verify import verify
 from forge.errors import ForgeError, HubError, ShardError, StorageError
 from forge.files import RunDirectory
 from forge.model import names
+from forge.signature import node_id_of
 
 from .fakes import CONFIG, LEASE_SECONDS, Clock, FakeJobs, make_shard
 
@@ -100,6 +102,10 @@ def test_shards_are_judged_assembled_and_evaluated_in_the_order_they_came(bench:
     manifest = json.loads((bench.run.model / "modularforge.json").read_text())
     credit = next(row["credit"] for row in manifest["experts"] if row["partition"] == 2)
     assert (credit["node_name"], credit["tokens"], credit["loss"]) == ("laptop", 1000, 3.0)
+    found = verify(bench.run.model)
+    assert found.problems == []
+    signed = {link.what for link in found.links if link.by == f"node {node_id_of(bench.key.public_key().public_bytes_raw())}"}
+    assert signed == {"expert-000.safetensors", "expert-002.safetensors"}
 
 
 def test_the_last_shard_brings_the_final_evaluation(bench: Bench) -> None:
