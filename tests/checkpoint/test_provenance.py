@@ -111,14 +111,18 @@ def resign(tree: Any) -> None:
     shard["public_key"] = key.public_key().public_bytes_raw().hex()
 
 
+def swap(model: Path) -> None:
+    """Put the placeholder of expert 2 in the place of expert 0."""
+    shutil.copyfile(model / expert_file(2), model / "copy")
+    os.replace(model / "copy", model / expert_file(0))
+
+
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "router": (lambda model: flip(model / ROUTER_FILE, -1), ROUTER_FILE),
     "tokenizer": (lambda model: flip(model / "tokenizer.json", 5), "tokenizer.json was changed"),
     "placeholder": (lambda model: flip(model / expert_file(2), -1), "does not hold the shared FFN"),
     "missing expert": (lambda model: (model / expert_file(0)).unlink(), expert_file(0)),
-    "expert swapped for the placeholder": (
-        lambda model: shutil.copyfile(model / expert_file(2), model / "x") and os.replace(model / "x", model / expert_file(0)),
-        expert_file(0)),
+    "expert swapped for a placeholder": (swap, "lacks the tensor"),
     "stray weights": (lambda model: (model / "model.safetensors").write_bytes(b""), "model.safetensors does not belong"),
     "code": (lambda model: (model / "modeling.py").write_bytes(b""), "modeling.py does not belong"),
     "signature": (edit(PROVENANCE_FILE, lambda tree: tree["shards"][0].update(signature="0" * 128)), "is not signed by"),
