@@ -21,7 +21,8 @@ from coordinator.journal import Journal
 from coordinator.records import ShardRecord
 from coordinator.state import State
 from coordinator.validate import judge
-from forge.checkpoint import assembly
+from forge.checkpoint import assembly, provenance
+from forge.checkpoint.manifest import parse_manifest, tokens_seen
 from forge.config import RunConfig
 from forge.errors import ForgeError, StorageError, storage_errors
 from forge.files import RunDirectory
@@ -118,10 +119,12 @@ class Assembler:
         return 0.0
 
     def _assemble(self, shard: ShardRecord) -> float:
-        tokens = json.loads(shard.manifest).get("tokens_seen")
         credit = {"node_id": shard.node_id, "node_name": shard.node_name, "loss": shard.loss,
-                  "shared_loss": shard.shared_loss, "tokens": tokens if isinstance(tokens, int) else None}  # fmt: skip
+                  "shared_loss": shard.shared_loss, "tokens": tokens_seen(parse_manifest(shard.manifest))}  # fmt: skip
         try:
+            provenance.keep(self._run, provenance.origin(
+                self._run.blobs.path(shard.sha256), self._config, shard.partition, shard.manifest, sha256=shard.sha256,
+                signature=shard.signature, public_key=shard.public_key))  # fmt: skip
             assembly.accept(self._run, shard.partition, shard.sha256, credit)
         except StorageError as error:
             return self._later("assembly-failed", f"cannot put expert {shard.partition} into the model", error)
@@ -161,7 +164,7 @@ class Assembler:
         self._activity.say(f"validating expert {shard.partition} of {shard.node_name}")
         who = f"expert {shard.partition} of {shard.node_name}"
         try:
-            judgement = judge(shard, self._run, self._config, self._run_job, self._activity.progress)
+            judgement = judge(shard, self._run, self._run_job, self._activity.progress)
         except ForgeError as error:
             attempts = self._state.count_attempt(shard.id)
             if attempts < ATTEMPTS:

@@ -1,4 +1,4 @@
-"""Who a node is: its public key, a credential that only this coordinator can make, and signed manifests."""
+"""Who calls: a credential that only this coordinator can make, for the node with a key."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ import secrets
 
 from forge.errors import ProtocolError, StorageError, storage_errors
 
-#: Bytes of an Ed25519 public key and of a signature (RFC 8032, 5.1.5 and 5.1.6).
-PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 #: Bytes of the server's secret: as many as its HMAC's hash.
 SECRET_BYTES = 32
-#: Hexadecimal digits of a node id.
-NODE_ID_DIGITS = 16
 #: Who the operator is, in place of a node id: whoever can read the secret of the run directory.
 OPERATOR = "operator"
 
 
 class CredentialError(ProtocolError):
     """A call came without a credential of this coordinator: the node must join (again)."""
-
-
-def node_id_of(public_key: bytes) -> str:
-    """The id of the node with this key: the first 16 hexadecimal digits of its sha256."""
-    return hashlib.sha256(public_key).hexdigest()[:NODE_ID_DIGITS]
 
 
 class Credentials:
@@ -70,15 +60,3 @@ class Credentials:
         if not hmac.compare_digest(self.issue(node_id).encode(), credential.encode()):
             raise CredentialError("This coordinator does not know this node: join first.")
         return node_id
-
-
-def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` over `message` was made with the private half of `public_key` (Ed25519, RFC 8032)."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

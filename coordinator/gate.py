@@ -17,11 +17,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from coordinator.auth import OPERATOR, CredentialError, node_id_of, verify_signature
+from coordinator.auth import OPERATOR, CredentialError
 from coordinator.handlers import Desk, InvalidRequestError
 from coordinator.refusals import Refusals
 from forge.errors import AccessError, ForgeError
 from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, proof_message
+from forge.signature import node_id_of, verify_signature
 
 CREDENTIAL_KEY = "forge-credential"
 #: Characters of a credential; ours have 81.

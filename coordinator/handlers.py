@@ -14,14 +14,7 @@ import time
 from typing import Any
 
 from coordinator.activity import LONGEST_WAIT_SECONDS, SHORTEST_WAIT_SECONDS, Activity
-from coordinator.auth import (
-    PUBLIC_KEY_BYTES,
-    SIGNATURE_BYTES,
-    CredentialError,
-    Credentials,
-    node_id_of,
-    verify_signature,
-)
+from coordinator.auth import CredentialError, Credentials
 from coordinator.blobs import Uploads
 from coordinator.curves import Curves
 from coordinator.messages import (
@@ -46,14 +39,15 @@ from coordinator.quotas import Quotas
 from coordinator.records import TRAINING, Counts, NodeRecord, Receipt
 from coordinator.snapshot import Snapshots
 from coordinator.state import State
+from forge.checkpoint.manifest import MAX_MANIFEST_BYTES, check_manifest
 from forge.config import RunConfig
 from forge.errors import ProtocolError, ShardError
 from forge.files import RunDirectory
+from forge.signature import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, node_id_of, verify_signature
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 
-#: Bounds of what a peer may send: characters of a word about its machine, bytes of a manifest (ours have some
-#: 500), and entries of a list.
-MAX_WORD, MAX_MANIFEST_BYTES, MAX_LIST = 200, 1 << 16, 4096
+#: Bounds of what a peer may send: characters of a word about its machine, and entries of a list.
+MAX_WORD, MAX_LIST = 200, 4096
 MAX_NAME = 64
 #: Largest integer that every database holds.
 MAX_INTEGER = (1 << 63) - 1
@@ -257,8 +251,10 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
                                   f"{SIGNATURE_BYTES}.")  # fmt: skip
     if not verify_signature(node.public_key, request.manifest, request.signature):
         raise ShardError("The manifest is not signed by this node's key.")
-    _check_manifest(request.manifest, {"run_id": desk.run_id, "partition": held.partition, "sha256": request.sha256,
-                                       "lease_id": request.lease_id})  # fmt: skip
+    published = desk.run.marker("publish") or {}
+    check_manifest(request.manifest, {
+        "run_id": desk.run_id, "partition": held.partition, "sha256": request.sha256, "lease_id": request.lease_id,
+        "shared_sha256": published["shared"]["sha256"], "config_fingerprint": desk.config.fingerprint})  # fmt: skip
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
@@ -307,18 +303,6 @@ def _nothing_open(counts: Counts, draining: bool) -> Wait:
 def _check_ids(lease_id: str, sha256: str) -> None:
     if not (_LEASE_ID.fullmatch(lease_id) and _SHA256.fullmatch(sha256)):
         raise InvalidRequestError("A lease id has 32 and a sha256 has 64 hexadecimal digits.")
-
-
-def _check_manifest(manifest: bytes, expected: dict[str, Any]) -> None:
-    try:
-        said = json.loads(manifest)
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
-        raise ShardError("The manifest is not a JSON object.")
-    for key, value in expected.items():
-        if said.get(key) != value:
-            raise ShardError(f"The manifest speaks of another {key.replace('_', ' ')} than this shard's.")
 
 
 def _machine(machine: Machine) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from coordinator.jobs import RunJob
 from coordinator.records import ShardRecord
-from forge.checkpoint.shard import verify_shard
-from forge.config import RunConfig
+from forge.checkpoint.inspection import inspect_shard
 from forge.errors import ShardError
 from forge.files import RunDirectory
 
@@ -24,7 +23,7 @@ class Judgement:
     shared_loss: float | None = None
 
 
-def judge(shard: ShardRecord, run: RunDirectory, config: RunConfig, run_job: RunJob,
+def judge(shard: ShardRecord, run: RunDirectory, run_job: RunJob,
           on_progress: Callable[[dict[str, Any]], None]) -> Judgement:  # fmt: skip
     """Judge a shard whose bytes are in `run.blobs`.
 
@@ -33,10 +32,8 @@ def judge(shard: ShardRecord, run: RunDirectory, config: RunConfig, run_job: Run
         Stopped: the coordinator is being stopped.
     """
     path = run.blobs.path(shard.sha256)
-    published = run.marker("publish") or {}
     try:
-        verify_shard(path, config, partition=shard.partition, run_id=run.run_id,
-                     shared_sha256=published["shared"]["sha256"])  # fmt: skip
+        inspect_shard(run, shard.partition, path)
         arguments = {"run_dir": str(run.root), "partition": shard.partition, "shard": str(path)}
         result = run_job("validate", arguments, on_progress)
     except ShardError as error:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import json
 from pathlib import Path
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.errors import ConfigError, StorageError, report_errors
+from forge.errors import ConfigError, ProvenanceError, StorageError, report_errors
 from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
@@ -151,6 +152,22 @@ def assemble(run_dir: Path) -> None:
         raise StorageError(f"The run in {run_dir} has no frozen shared components yet: run `forge train` on it first.")
     start(opened)
     click.echo(f"{len(arrived(opened.model))} of {n_experts} experts are in {opened.model}; the others are the shared FFN")
+
+
+@main.command()
+@click.argument("target", metavar="MODEL_DIR|RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def verify(target: Path, as_json: bool) -> None:
+    """Check every hash and signature of a model, from its data set to the last expert, and print its lineage."""
+    from forge.checkpoint import verify as verification
+
+    found = verification.verify(target)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(verification.lines(found)))
+    for problem in found.problems:
+        click.echo(f"error: {problem}", err=True)
+    if found.problems:
+        sys.exit(ProvenanceError.exit_code)
 
 
 @main.command()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 import yaml
 
 from forge.errors import ConfigError
+from forge.plain_yaml import read_yaml
 
 
 def _whole(value: object) -> object:
@@ -39,7 +40,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """Base of every part of a config: frozen, strict about unknown keys, documented by its docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
+                              allow_inf_nan=False)  # fmt: skip
 
 
 class DataConfig(Section):
@@ -236,8 +238,12 @@ class TrainConfig(Section):
 class AssemblyConfig(Section):
     """When a shard is accepted and what is done to the assembled model."""
 
-    margin: float = Field(default=0.0, ge=0.0)
-    """Nats by which a shard must beat the shared components on its partition's validation documents."""
+    margin: float = Field(default=0.001, ge=0.0)
+    """Nats a token by which a shard must beat the shared components on its partition's validation documents."""
+    tolerance: float = Field(default=0.02, ge=0.0)
+    """Nats a token by which a shard may raise any partition's validation loss in the assembled model."""
+    slice_tokens: Count = Field(default=4096, gt=0)
+    """Validation tokens a partition, at most, on which that rise is measured, once without and once with the shard."""
     calibrate_norms: bool = False
     """Rescale the final norm in closed form after the last shard, kept only if the validation loss improves."""
 
@@ -324,13 +330,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is not YAML, or a key or value is wrong.
     """
     text, where = _read(name_or_path)
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "it could not be parsed"
-        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.", detail=str(error)) from error
+    tree = read_yaml(text, where)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} must be a YAML mapping with sections such as `model:` and `train:`.")
     for override in overrides:
@@ -397,10 +397,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"The override {override!r} goes below {part!r}, which is a value and not a section.")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value in the override {override!r} is not valid YAML.", detail=str(error)) from error
+    node[last] = read_yaml(value, f"The value in the override {override!r}")
 
 
 def _sentence(error: ValidationError, where: str) -> str:
@@ -415,4 +412,9 @@ def _sentence(error: ValidationError, where: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return f"{where}: {message}.{more}"
-    return f"{where}: {key} = {first['input']!r} is wrong: {message[0].lower()}{message[1:]}.{more}"
+    return f"{where}: {key} = {_short(first['input'])} is wrong: {message[0].lower()}{message[1:]}.{more}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,7 +11,8 @@
     ├── ShardError             9   a shard is truncated, foreign, misshapen, or not finite
     ├── RunMismatchError      10   the run directory holds another run
     ├── HubError              11   the Hugging Face Hub refused or could not be reached
-    └── TrainingError         12   the loss is not finite, so training stopped before the step
+    ├── TrainingError         12   the loss is not finite, so training stopped before the step
+    └── ProvenanceError       15   a model is not what its provenance says
 
 The number is the process's exit code (`docs/exit-codes.md`). `str(error)` is one sentence meant for the user: what was
 wrong, where, and what to do. `detail` is for the log of whoever operates the process and never crosses the wire.
@@ -122,12 +123,19 @@ class TrainingError(ForgeError):
     code = "training"
 
 
+class ProvenanceError(ForgeError):
+    """A file, a signature or the index of a model is not what its provenance says."""
+
+    exit_code = 15
+    code = "provenance"
+
+
 #: Wire and job code -> class, so that an error raised in a child process or a peer keeps its exit code.
 BY_CODE: dict[str, type[ForgeError]] = {
     cls.code: cls
     for cls in (
         ForgeError, ConfigError, DataError, MemoryBudgetError, StorageError, NetworkError, ProtocolError, AccessError,
-        ShardError, RunMismatchError, HubError, TrainingError,
+        ShardError, RunMismatchError, HubError, TrainingError, ProvenanceError,
     )
 }  # fmt: skip
 

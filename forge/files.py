@@ -16,10 +16,9 @@ import shutil
 from typing import IO, Any
 import uuid
 
-import yaml
-
 from forge.config import RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
+from forge.plain_yaml import read_yaml
 from forge.vocabulary import CHUNK_BYTES
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -232,8 +231,8 @@ class RunDirectory:
         """The resolved config of the run."""
         path = self.root / "run.yaml"
         try:
-            return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        except OSError as error:
+            return parse_config(read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+        except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"{self.root} is not a run directory: it has no readable run.yaml; give one that `forge "
                                "run` or `forge-coordinator serve` made.") from error  # fmt: skip
 

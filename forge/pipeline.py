@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 
 from forge.checkpoint.assembly import accept, arrived, start
+from forge.checkpoint.provenance import keep, origin
 from forge.config import RunConfig
 from forge.errors import ForgeError, ShardError
-from forge.files import Beginning, RunDirectory, read_json, write_json
+from forge.files import Beginning, RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes
 from forge.train.memory import STAGES as MEMORY_STAGES
@@ -54,7 +55,8 @@ def _prepare(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
         progress(stage="prepare", step=done, steps=total, message=message)
 
     facts: dict[str, Any] = prepare(run.config, run.data, on_progress)
-    return facts
+    # Where the lineage of a model begins (forge/checkpoint/provenance.py).
+    return facts | {"files": {path.name: hash_file(path) for path in sorted(run.data.iterdir()) if path.is_file()}}
 
 
 def _shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any] | None:
@@ -212,8 +214,10 @@ def train_and_accept(run: RunDirectory, partition: int, *, ram_bytes: int, threa
     if not verdict["accepted"]:
         raise ShardError(f"The expert of partition {partition} was not accepted: {'; '.join(verdict['reasons'])}. Train "
                          "it on more tokens (train.expert.tokens), or lower its learning rate.")  # fmt: skip
-    manifest = read_json(Path(trained["manifest"]))
+    path = Path(trained["manifest"])
+    manifest = read_json(path)
     sha256 = run.blobs.adopt(shard)
+    keep(run, origin(run.blobs.path(sha256), run.config, partition, path.read_bytes(), sha256=sha256))
     accept(run, partition, sha256, {"node_name": "this machine", "loss": verdict["loss"],
                                     "shared_loss": verdict["shared_loss"], "tokens": manifest["tokens_seen"]})  # fmt: skip
 

@@ -34,6 +34,8 @@ SINGLE_FILE: Final = "model.safetensors"
 SHARED_FILE: Final = "shared.safetensors"
 ROUTER_FILE: Final = "router.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+#: Where all of it comes from, with hashes and signatures; written first.
+PROVENANCE_FILE: Final = "provenance.json"
 #: What is in the model directory and who made it; written last.
 MANIFEST_FILE: Final = "modularforge.json"
 

@@ -28,6 +28,17 @@ def test_assemble_makes_a_lost_model_again(road: Road, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "expert-001.safetensors").is_file()
 
 
+def test_verify_finds_the_whole_lineage_of_a_run_of_one_machine(road: Road, tmp_path: Path) -> None:
+    text = worked(run("forge verify run", road.desk)).out
+    assert "data: corpus.safetensors" in text and "partition 1: train" in text and "verified" in text
+    assert "2 of 2 experts were trained by the run's own machine: nobody signed them." in text
+    shutil.copytree(road.desk / "run" / "model", tmp_path / "copy")
+    worked(run("forge verify copy", tmp_path))
+    with open(tmp_path / "copy" / "router.safetensors", "ab") as file:
+        file.write(b"x")
+    is_one_sentence(run("forge verify copy", tmp_path), "provenance", "router.safetensors was changed")
+
+
 def test_evaluate(road: Road) -> None:
     text = json.loads(worked(run("forge evaluate run/model --data text.txt --json", road.desk)).out)
     assert text["documents"] == 1 and text["perplexity"] > 1
@@ -59,6 +70,8 @@ def test_push(road: Road) -> None:
     ("forge generate nowhere", "storage", ["nowhere is not a model directory", "`model` directory of a run"]),
     ("forge push text.txt me/tiny", "storage", ["text.txt is not a model directory"]),
     ("forge push run/model tiny", "config", ["'tiny' must look like USER/REPO"]),
+    ("forge verify nowhere", "storage", ["nowhere is not there"]),
+    ("forge verify run/data", "storage", ["run/data has no provenance.json", "forge assemble"]),
     ("forge assemble run/model", "storage", ["run/model is not a run directory"]),
 ])  # fmt: skip
 def test_a_wrong_directory(command: str, code: str, words: list[str], road: Road) -> None:

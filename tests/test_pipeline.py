@@ -172,7 +172,7 @@ def test_a_placeholder_is_no_better_than_the_shared_components(finished: dict[st
                                 "format_version": "1"})  # fmt: skip
     verdict = validate_shard(run, 0, path)
     assert not verdict["accepted"]
-    assert "must be below" in verdict["reasons"][0]
+    assert "is the shared FFN again" in verdict["reasons"][0]
 
 
 def test_a_missing_run_directory_is_a_sentence(tmp_path: Path) -> None:

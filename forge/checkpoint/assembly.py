@@ -1,4 +1,5 @@
-"""Assembly: put an expert's file in place, rewrite the index, rewrite the manifest last. No tensor enters memory.
+"""Assembly: write where an expert comes from, put its file in place, rewrite the index, rewrite the manifest last. No tensor
+enters memory.
 
 The model directory is a complete checkpoint from the first call on. An expert that has not arrived is a placeholder:
 the shared FFN's bytes under the expert's names, so that the model computes what the shared components compute. A shard
@@ -14,6 +15,7 @@ import threading
 from typing import Any
 
 from forge.checkpoint import hf
+from forge.checkpoint.provenance import write_lineage
 from forge.checkpoint.safetensors_header import Header, read_header, write_renamed
 from forge.checkpoint.shard import FORMAT
 from forge.config import ModelConfig
@@ -51,11 +53,14 @@ def start(run: RunDirectory) -> None:
         experts = [_settle(run, partition, _row(held, partition), published["shared_ffn"]["sha256"])
                    for partition in range(config.n_experts)]  # fmt: skip
         hf.write_configuration(model, config, run.data)
+        _trace(run, published, experts)
         _write(run, published, experts, rescaled)
 
 
 def accept(run: RunDirectory, partition: int, shard_sha256: str, credit: Mapping[str, Any]) -> None:
-    """Put an accepted shard in its place, then rewrite the index, then the manifest. Idempotent.
+    """Write the lineage, put an accepted shard in its place, then rewrite the index, then the manifest. Idempotent.
+
+    What `provenance.keep` was told of the shard goes into the lineage.
 
     Args:
         run: the run, whose assembly was started.
@@ -81,6 +86,7 @@ def accept(run: RunDirectory, partition: int, shard_sha256: str, credit: Mapping
             raise ShardError(f"The shard {shard_sha256[:12]} does not hold the tensors of expert {partition}.")
         experts = [_row(held, other) for other in range(config.n_experts)]
         experts[partition] = {"partition": partition, "sha256": shard_sha256, "credit": dict(credit)}
+        _trace(run, published, experts)
         link_or_copy(blob, run.model / expert_file(partition))
         _write(run, published, experts, held.get("calibration"))
 
@@ -101,6 +107,7 @@ def withdraw(run: RunDirectory, partition: int) -> None:
         _write_placeholder(run, partition, published["shared_ffn"]["sha256"])
         _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
         experts = [_row(held if other != partition else {}, other) for other in range(run.config.model.n_experts)]
+        _trace(run, published, experts)
         _write(run, published, experts, None)
 
 
@@ -244,6 +251,10 @@ def _write_placeholder(run: RunDirectory, partition: int, ffn_sha256: str) -> No
               for layer in range(config.n_layers) for matrix in names.MATRICES}  # fmt: skip
     metadata = {**FORMAT, "placeholder": "true", "partition": str(partition), "source_sha256": ffn_sha256}
     write_renamed(run.blobs.path(ffn_sha256), run.model / expert_file(partition), rename, metadata)
+
+
+def _trace(run: RunDirectory, published: Mapping[str, Any], experts: list[dict[str, Any]]) -> None:
+    write_lineage(run, published, {row["partition"]: row["sha256"] for row in experts if row["sha256"] is not None})
 
 
 def _write(run: RunDirectory, published: Mapping[str, Any], experts: list[dict[str, Any]],

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly; and the two streaming passes over its data. No torch.
+"""The header of a safetensors file, read strictly; and the streaming passes over its data. No torch.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors, "Format"). Files come from strangers, so nothing in a header is believed
@@ -7,8 +7,9 @@ before it is checked, and no pass holds more than one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -151,6 +152,26 @@ def tensors_finite(path: Path) -> str | None:
                 if bool(((np.frombuffer(chunk, dtype=bits) & mask) == mask).any()):
                     return name
     return None
+
+
+def tensors_sha256(path: Path, names: Iterable[str]) -> str:
+    """sha256 (hex) over the bytes of the named tensors, one after another: what a file holds, whatever its header says.
+
+    Raises:
+        ShardError: the file is not a sound safetensors file, or lacks one of the tensors.
+        StorageError: the file cannot be read.
+    """
+    header = read_header(path)
+    digest = hashlib.sha256()
+    with storage_errors(path), open(path, "rb") as file:
+        for name in names:
+            if name not in header.tensors:
+                raise ShardError(f"{path} lacks the tensor {name}.")
+            entry = header.tensors[name]
+            file.seek(header.data_start + entry.begin)
+            for chunk in _chunks(file, entry.end - entry.begin):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _chunks(file: Any, remaining: int) -> Iterator[bytes]:

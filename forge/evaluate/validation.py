@@ -1,17 +1,23 @@
-"""Is a shard worth having? Its structure, then its loss on documents that no node has seen."""
+"""Is a shard worth having? What it is, then its loss on documents that no node has seen, then what it does to the others."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+import math
 from pathlib import Path
 from typing import Any
 
-from forge.checkpoint.shard import verify_shard
+import numpy.typing as npt
+
+from forge.checkpoint.inspection import inspect_shard
 from forge.data.packing import evaluation_windows
 from forge.data.tokens import TokenFile
 from forge.errors import ShardError
-from forge.evaluate.perplexity import document_losses
+from forge.evaluate.perplexity import Loss, document_losses, finite, measure
 from forge.files import RunDirectory
-from forge.model.lm import DenseLM, load_dense
+from forge.model import names
+from forge.model.lm import DenseLM, load_dense, read_tensors
+from forge.model.moe import MixtureLM
 from forge.vocabulary import END_OF_TEXT_ID
 
 
@@ -26,30 +32,52 @@ def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | N
 
 def partition_loss(run: RunDirectory, model: DenseLM, token_blob: str) -> float | None:
     """Loss, in nats a token, on a token blob of the run; None when it holds no token."""
-    config = run.config
-    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), config.model.max_seq_len, END_OF_TEXT_ID,
-                                 config.evaluation.tokens)  # fmt: skip
-    nats, tokens = document_losses(model, windows)
+    nats, tokens = document_losses(model, _windows(run, token_blob, run.config.evaluation.tokens))
     return nats / tokens if tokens else None
+
+
+def mixture_losses(run: RunDirectory, partition: int, shard: Path) -> tuple[list[Loss], list[Loss]]:
+    """Losses of the assembled model on a slice of every partition's validation documents, as it is and with a shard in place.
+
+    Every token takes the way that the router gives it: this is what the model's users would get.
+
+    Args:
+        run: the run, whose assembly was started.
+        partition: whose expert the shard is.
+        shard: the shard; it was inspected.
+    """
+    published = run.marker("publish")
+    assert published is not None, "the publish stage comes before"
+    model = MixtureLM.load(run.model)
+
+    def losses() -> list[Loss]:
+        return [measure(model, _windows(run, file["validation"]["sha256"], run.config.assembly.slice_tokens))
+                for file in published["partitions"]]  # fmt: skip
+
+    before = losses()
+    expert = read_tensors(shard, names.expert_tensors(run.config.model, partition))
+    model.load_state_dict(expert, strict=False, assign=True)
+    return before, losses()
 
 
 def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, Any]:
     """Judge a shard.
 
-    It is accepted when its structure, values and origin are right (`verify_shard`) and its loss on the partition's
-    validation documents is below that of the shared components by more than `assembly.margin` nats.
+    It is accepted when nothing can be said against it as it lies there (`inspect_shard`), when its loss on the partition's
+    validation documents is below that of the shared components by more than `assembly.margin` nats, and when no partition's
+    loss in the assembled model rises by more than `assembly.tolerance` nats with it in place.
 
     Returns:
-        accepted, reasons (sentences), loss and shared_loss in nats a token.
+        accepted, reasons (sentences), loss and shared_loss in nats a token; `effect`, by how many nats a token every
+        partition's loss in the assembled model changes, as far as it was measured.
     """
     published = run.marker("publish")
     assert published is not None, "the publish stage comes before"
     target = published["partitions"][partition]
     shared_loss = target["shared_loss"]
-    verdict: dict[str, Any] = {"accepted": False, "reasons": [], "loss": None, "shared_loss": shared_loss}
+    verdict: dict[str, Any] = {"accepted": False, "reasons": [], "loss": None, "shared_loss": shared_loss, "effect": []}
     try:
-        verify_shard(shard, run.config, partition=partition, run_id=run.run_id,
-                     shared_sha256=published["shared"]["sha256"])  # fmt: skip
+        inspect_shard(run, partition, shard)
     except ShardError as error:
         return verdict | {"reasons": [str(error)]}
     loss = partition_loss(run, load_shared(run, shard, partition), target["validation"]["sha256"])
@@ -58,6 +86,27 @@ def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, 
     # A comparison with NaN is false, so a shard whose loss is not a number is not accepted either.
     if loss is not None and not loss < shared_loss - margin:
         reason = (f"its loss on the validation documents of partition {partition} is {loss:.4f} nats a token and must be "
-                  f"below {shared_loss - margin:.4f}, which the shared components reach alone")  # fmt: skip
+                  f"below {shared_loss - margin:.4f}: the shared components alone reach {shared_loss:.4f}, and an expert has "
+                  f"to be better by {margin:g}")  # fmt: skip
         return verdict | {"reasons": [reason]}
-    return verdict | {"accepted": True}
+    before, after = mixture_losses(run, partition, shard)
+    reasons = _harm(before, after, run.config.assembly.tolerance)
+    effect = [finite(new.nats_per_token - old.nats_per_token) for old, new in zip(before, after, strict=True)]
+    return verdict | {"accepted": not reasons, "reasons": reasons, "effect": effect}
+
+
+def _harm(before: Sequence[Loss], after: Sequence[Loss], tolerance: float) -> list[str]:
+    """A sentence on the partition that suffers most, when one does by more than is tolerated."""
+    changes = {partition: new.nats_per_token - old.nats_per_token
+               for partition, (old, new) in enumerate(zip(before, after, strict=True)) if old.tokens}  # fmt: skip
+    suffering = {partition: change for partition, change in changes.items() if not change <= tolerance}  # NaN included
+    if not suffering:
+        return []
+    worst = max(suffering, key=lambda partition: suffering[partition] if math.isfinite(suffering[partition]) else math.inf)
+    was, becomes = before[worst].nats_per_token, after[worst].nats_per_token
+    return [f"in the assembled model the loss on the validation documents of partition {worst} rises from {was:.4f} to "
+            f"{becomes:.4f} nats a token with it, and at most {tolerance:g} more is tolerated"]  # fmt: skip
+
+
+def _windows(run: RunDirectory, token_blob: str, tokens: int) -> Iterator[npt.NDArray[Any]]:
+    return evaluation_windows(TokenFile(run.blobs.path(token_blob)), run.config.model.max_seq_len, END_OF_TEXT_ID, tokens)

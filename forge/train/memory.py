@@ -234,13 +234,20 @@ def _router(config: RunConfig) -> dict[str, int]:
     return _dense_weights(model) | {"statistics": statistics, "activations": reading}
 
 
-def _validate(config: RunConfig) -> dict[str, int]:
+def _publish(config: RunConfig) -> dict[str, int]:
     model = config.model
     # While a model is loaded, the file that is copied or widened is mapped beside the copy.
     loading = (2 * model.expert_parameters - model.dense_parameters) * _FLOAT
     if model.dtype != "float32":
         loading = model.dense_parameters * 2
     return _dense_weights(model) | {"activations": max(_forward(model, EVALUATION_TOKENS)["activations"], loading)}
+
+
+def _validate(config: RunConfig) -> dict[str, int]:
+    """The shard in the shared components, as when they are published; when these are gone, in the assembled model."""
+    mixture = _evaluate(config)
+    mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
+    return max(_publish(config), mixture, key=lambda parts: sum(parts.values()))
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:
@@ -257,7 +264,7 @@ def _assemble(config: RunConfig) -> dict[str, int]:
     return {"data": 1 * MB}  # A chunk of a file.
 
 
-_OTHERS = {"prepare": _prepare, "partition": _partition, "router": _router, "publish": _validate, "validate": _validate,
+_OTHERS = {"prepare": _prepare, "partition": _partition, "router": _router, "publish": _publish, "validate": _validate,
            "evaluate": _evaluate, "generate": _generate, "assemble": _assemble}  # fmt: skip
 
 

@@ -204,7 +204,8 @@ class FakeNode:
     def commit(self, assignment: pb.Assignment, shard: bytes, run_id: str, /, **changed: Any) -> pb.Receipt:
         manifest = json.dumps({
             "run_id": run_id, "partition": assignment.expert.partition, "sha256": sha256_of(shard),
-            "lease_id": assignment.lease_id, "tokens_seen": 1000, **changed}).encode()  # fmt: skip
+            "lease_id": assignment.lease_id, "shared_sha256": assignment.expert.shared.sha256,
+            "config_fingerprint": CONFIG.fingerprint, "tokens_seen": 1000, **changed}).encode()  # fmt: skip
         request = pb.CommitRequest(lease_id=assignment.lease_id, sha256=sha256_of(shard), manifest=manifest,
                                    signature=self.key.sign(manifest))  # fmt: skip
         return self.stub.Commit(request, metadata=self.metadata).receipt

@@ -3,18 +3,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import json
 from pathlib import Path
+import struct
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import pytest
+from safetensors.numpy import load, save
 
 from coordinator.activity import Activity
 from coordinator.assembler import ATTEMPTS, IDLE_SECONDS, RETRY_SECONDS, Assembler
 from coordinator.journal import Journal
 from coordinator.state import State
 from forge.checkpoint import assembly
+from forge.checkpoint.verify import verify
 from forge.errors import ForgeError, HubError, ShardError, StorageError
 from forge.files import RunDirectory
+from forge.model import names
+from forge.signature import node_id_of
 
 from .fakes import CONFIG, LEASE_SECONDS, Clock, FakeJobs, make_shard
+
+
+def safetensors_metadata(shard: bytes) -> dict[str, str]:
+    """The free-form strings in a shard's header."""
+    (length,) = struct.unpack("<Q", shard[:8])
+    return dict(json.loads(shard[8 : 8 + length])["__metadata__"])
 
 
 class Bench:
@@ -27,7 +39,8 @@ class Bench:
         assembly.start(self.run)
         self.state = State(self.run.database, lease_seconds=LEASE_SECONDS, clock=self.clock)
         self.state.open_partitions((self.run.marker("publish") or {})["partitions"])
-        self.state.register_node("a", bytes(32), "laptop", {})
+        self.key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+        self.state.register_node("a", self.key.public_key().public_bytes_raw(), "laptop", {})
         self.pushed: list[str] = []
         self.push_errors: list[ForgeError] = []
         self.restart()
@@ -43,15 +56,18 @@ class Bench:
         self.pushed.append(message)
         return "https://hub/commit"
 
-    def hand_in(self, partition: int, shard: bytes | None = None) -> str:
+    def hand_in(self, partition: int, shard: bytes | None = None, node: str = "a") -> str:
         shard = shard or make_shard(self.run, partition)
         path = self.run.work / "shard"
         path.write_bytes(shard)
-        lease = self.state.grant("a", [partition])
+        lease = self.state.grant(node, [partition])
         assert lease is not None and lease.partition == partition
         sha256 = self.run.blobs.adopt(path)
-        self.state.submit(lease.id, "a", sha256=sha256, size=len(shard), signature=b"",
-                          manifest=json.dumps({"tokens_seen": 1000}).encode())  # fmt: skip
+        manifest = json.dumps({
+            "run_id": self.run.run_id, "lease_id": lease.id, "partition": partition, "sha256": sha256, "tokens_seen": 1000,
+            "shared_sha256": (self.run.marker("publish") or {})["shared"]["sha256"],
+            "config_fingerprint": CONFIG.fingerprint}).encode()  # fmt: skip
+        self.state.submit(lease.id, node, sha256=sha256, size=len(shard), signature=self.key.sign(manifest), manifest=manifest)
         self.clock.now += 1
         return sha256
 
@@ -86,6 +102,10 @@ def test_shards_are_judged_assembled_and_evaluated_in_the_order_they_came(bench:
     manifest = json.loads((bench.run.model / "modularforge.json").read_text())
     credit = next(row["credit"] for row in manifest["experts"] if row["partition"] == 2)
     assert (credit["node_name"], credit["tokens"], credit["loss"]) == ("laptop", 1000, 3.0)
+    found = verify(bench.run.model)
+    assert found.problems == []
+    signed = {link.what for link in found.links if link.by == f"node {node_id_of(bench.key.public_key().public_bytes_raw())}"}
+    assert signed == {"expert-000.safetensors", "expert-002.safetensors"}
 
 
 def test_the_last_shard_brings_the_final_evaluation(bench: Bench) -> None:
@@ -102,12 +122,13 @@ def test_the_last_shard_brings_the_final_evaluation(bench: Bench) -> None:
     assert bench.jobs.calls == []
 
 
-@pytest.mark.parametrize("shard", ["nan", "truncated", "foreign", "of another partition"])
+@pytest.mark.parametrize("shard", ["nan", "truncated", "foreign", "of another partition", "of other shared components"])
 def test_a_bad_shard_is_rejected_without_running_it(bench: Bench, shard: str) -> None:
     good = make_shard(bench.run, 0)
     shards = {"nan": make_shard(bench.run, 0, poison=True), "truncated": good[:-10],
               "foreign": make_shard(bench.run, 0, run_id="f" * 32),
-              "of another partition": make_shard(bench.run, 1)}  # fmt: skip
+              "of another partition": make_shard(bench.run, 1),
+              "of other shared components": make_shard(bench.run, 0, shared_sha256="f" * 64)}  # fmt: skip
     sha256 = bench.hand_in(0, shards[shard])
     bench.settle()
     partition = bench.state.partitions()[0]
@@ -125,6 +146,42 @@ def test_a_shard_that_does_not_help_is_rejected_with_the_reasons_of_the_job(benc
     bench.hand_in(1, make_shard(bench.run, 1))
     bench.settle()
     assert bench.state.partitions()[1].last_rejection == ("worse",)
+
+
+def renamed_expert(bench: Bench, partition: int, to: int, **metadata: str) -> bytes:
+    """The tensors of a partition's shard, to the byte, under the names and the metadata of another partition."""
+    weights = load(make_shard(bench.run, partition))
+    theirs = zip(names.expert_tensors(CONFIG.model, to), names.expert_tensors(CONFIG.model, partition), strict=True)
+    header = safetensors_metadata(make_shard(bench.run, to)) | metadata
+    return bytes(save({name: weights[old] for name, old in theirs}, header))
+
+
+def test_an_accepted_experts_tensors_are_no_second_expert_whatever_their_header_says(bench: Bench) -> None:
+    bench.hand_in(1)
+    bench.settle()
+    bench.jobs.calls.clear()
+    bench.hand_in(0, renamed_expert(bench, 1, to=0, note="mine"))
+    bench.settle()
+    (reason,) = bench.state.partitions()[0].last_rejection
+    assert "the very tensors of the accepted expert 1" in reason
+    assert "validate" not in bench.jobs.calls
+    # The same partition again is another matter: training is deterministic, so two nodes can make the same shard.
+    bench.state.revoke("a", drop_shards=True)
+    bench.state.register_node("b", bytes(32), "desktop", {})
+    bench.settle()
+    bench.hand_in(1, renamed_expert(bench, 1, to=1, note="of another node"), node="b")
+    bench.settle()
+    assert bench.state.partitions()[1].state == "accepted"
+
+
+def test_the_shared_ffn_under_an_experts_names_is_no_expert(bench: Bench) -> None:
+    published = bench.run.marker("publish") or {}
+    ffn = load(bench.run.blobs.path(published["shared_ffn"]["sha256"]).read_bytes())
+    copy = dict(zip(names.expert_tensors(CONFIG.model, 0), (ffn[n] for n in names.ffn_tensors(CONFIG.model)), strict=True))
+    bench.hand_in(0, bytes(save(copy, safetensors_metadata(make_shard(bench.run, 0)))))
+    bench.settle()
+    assert "the shared FFN again" in bench.state.partitions()[0].last_rejection[0]
+    assert "validate" not in bench.jobs.calls
 
 
 def test_a_published_file_handed_in_as_a_shard_is_not_deleted(bench: Bench) -> None:

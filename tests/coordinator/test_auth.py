@@ -7,8 +7,9 @@ import stat
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import pytest
 
-from coordinator.auth import CredentialError, Credentials, node_id_of, verify_signature
+from coordinator.auth import CredentialError, Credentials
 from forge.errors import StorageError
+from forge.signature import node_id_of, verify_signature
 
 
 def test_the_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:

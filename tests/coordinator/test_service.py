@@ -142,11 +142,13 @@ def test_a_commit_must_be_complete_signed_and_about_this_shard(world: World) -> 
     assert "not complete" in refusal(commit)[2]
     node.open(assignment.lease_id, shard)
     node.send(assignment.lease_id, shard)
-    wrong: tuple[dict[str, Any], ...] = ({"run_id": "x"}, {"partition": 1}, {"sha256": "0" * 64}, {"lease_id": "x"})
-    for changed in wrong:
-        code, error, sentence = refusal(partial(commit, **changed))
+    wrong: dict[str, tuple[Any, str]] = {
+        "run_id": ("x", "run id"), "partition": (1, "partition"), "sha256": ("0" * 64, "sha256"), "lease_id": ("x", "lease id"),
+        "shared_sha256": ("0" * 64, "shared components"), "config_fingerprint": ("x", "config")}  # fmt: skip
+    for key, (value, word) in wrong.items():
+        code, error, sentence = refusal(partial(commit, **{key: value}))
         assert (code, error) == (grpc.StatusCode.FAILED_PRECONDITION, "shard")
-        assert next(iter(changed)).replace("_", " ") in sentence
+        assert word in sentence
     assert "no such lease" in refusal(lambda: other.commit(assignment, shard, world.run_id))[2]
     forged = pb.CommitRequest(lease_id=assignment.lease_id, sha256=sha256_of(shard), manifest=b"{}", signature=bytes(64))
     assert "not signed" in refusal(lambda: node.stub.Commit(forged, metadata=node.metadata))[2]

@@ -16,7 +16,7 @@ from forge.errors import HubError, StorageError
 from forge.files import RunDirectory
 from forge.publish.card import model_card
 from forge.publish.hub import ATTEMPTS, push_model
-from forge.vocabulary import INDEX_FILE, MANIFEST_FILE, expert_file
+from forge.vocabulary import INDEX_FILE, MANIFEST_FILE, PROVENANCE_FILE, expert_file
 from tests.checkpoint.conftest import make_shard, publish_run
 from tests.fakes.hub import FakeHub, Fault, fake_hub
 
@@ -71,7 +71,7 @@ def test_the_repo_loads_at_every_commit(hub: FakeHub, run: RunDirectory, tmp_pat
     assert hub.repos[REPO].private
     assert addresses == [f"{hub.endpoint}/{REPO}/commit/{commit.oid}" for commit in commits[1:]]
     for partition, commit in enumerate(commits[2:]):
-        assert commit.changed == [expert_file(partition), "README.md", INDEX_FILE, MANIFEST_FILE]
+        assert commit.changed == [expert_file(partition), "README.md", PROVENANCE_FILE, INDEX_FILE, MANIFEST_FILE]
     held = {path.name: path.read_bytes() for path in run.model.iterdir()}
     pushed = {path: content for path, (content, _) in commits[-1].tree.items()}
     assert {name: pushed[name] for name in held} == held
