@@ -197,6 +197,31 @@ def status(data_dir: Path | None, as_json: bool) -> None:
     _tell(data_dir, {"do": "status"}, as_json)
 
 
+@main.command()
+@click.argument("where", required=False, metavar="[INVITATION|ADDRESS]")
+@click.option("--token", metavar="INVITATION", help="The invitation, beside an ADDRESS. Default: FORGE_TOKEN.")
+@_data_dir_option
+@click.option("--insecure", count=True, help="As of join.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def doctor(where: str | None, token: str | None, data_dir: Path | None, insecure: int, as_json: bool) -> None:
+    """Check whether this machine can work for a coordinator, and say what to mend. Nothing is joined."""
+    from dataclasses import asdict
+
+    from node.doctor import describe, examine
+    from node.preferences import load_preferences
+
+    here = (data_dir or default_data_dir()).resolve()
+    findings = []
+    for finding in examine(lambda: make_link(where, token, here, insecure), here, load_preferences(None, here, {})):
+        findings.append(finding)
+        if not as_json:
+            click.echo(describe(finding))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    sys.exit(any(finding.state == "broken" for finding in findings))
+
+
 def parse_duration(text: str) -> float:
     """Seconds from `30s`, `90m`, `2h` or `1d`.
 

@@ -58,6 +58,13 @@ class Senses:
             self._marks, self._last_sign = marks, now
         return now - self._last_sign
 
+    def seen(self) -> str:
+        """What the owner is known by on this machine, for people."""
+        marks = [name for name, _ in _input_marks(self._root)]
+        inputs = len([name for name in marks if not name.startswith(str(self._root / "dev"))])
+        terminals = f"{len(marks) - inputs} terminals, " if len(marks) > inputs else ""
+        return f"{inputs} keyboards and pointers, {terminals}and the load of other programs"
+
     def _busy_cores(self, now: float) -> float:
         """Cores that others kept busy in the last minute; 0 while less than that is known."""
         self._samples.append((now, self._others()))
