@@ -85,7 +85,7 @@ class Console:
 
     def idle(self) -> None:
         """Nothing is worked on any more."""
-        self.doing, self.sentence = None, ""
+        self.doing, self.sentence, self.waits_for = None, "", ""
 
     def progress(self, title: str, progress: Progress, budget: Budget | None = None) -> None:
         """Show how far the work is; `title` says whose."""

@@ -16,11 +16,12 @@ from pathlib import Path
 import secrets
 import socket
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge.errors import AccessError, NetworkError, storage_errors
-from forge.files import replace_private
-from node.guest import Guest
+
+if TYPE_CHECKING:
+    from node.guest import Guest
 
 CONTROL_FILE, SOCKET_FILE = "control.json", "node.sock"
 #: Seconds for a request or an answer: both ends are on one machine, and neither computes anything for it.
@@ -43,6 +44,8 @@ def listening(data_dir: Path, guest: Guest, facts: Callable[[], dict[str, Any]])
     Raises:
         StorageError: the directory cannot be written.
     """
+    from forge.files import replace_private  # Its imports take a third of a second, and who asks does not need them.
+
     secret, path = secrets.token_hex(32), data_dir / SOCKET_FILE
     with storage_errors(data_dir):
         server = _listen(path)

@@ -191,20 +191,24 @@ class Worker:
 
 
 class _Presses:
-    """Counts Ctrl-C instead of raising it: an exception may be raised, and lost, inside a callback of a library."""
+    """Counts Ctrl-C instead of raising it: an exception may be raised, and lost, inside a callback of a library.
+
+    A service manager's SIGTERM is counted with it.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        # Only the main thread may say what a signal does, and only it is ever interrupted.
+        main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGINT, signal.SIGTERM) if main else ()
 
     def __enter__(self) -> _Presses:
-        # Only the main thread may say what a signal does, and only it is ever interrupted.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._press)
+        self._before = [signal.signal(number, self._press) for number in self._signals]
         return self
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in zip(self._signals, self._before, strict=True):
+            signal.signal(number, before)
 
     def _press(self, number: int, frame: object) -> None:
         self.count += 1
