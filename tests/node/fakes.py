@@ -49,6 +49,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.verdicts = [ACCEPTED]  # one a shard; the last goes on for ever
         self.pending_answers = 0  # commits answered with "pending" before the verdict
         self.order = CONTINUE
+        self.retry_seconds = 0.01
         self.steps: list[int] = []
         self.activities: list[str] = []
         self.preferred: list[list[int]] = []
@@ -142,7 +143,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
             return self._assignment(lease, partition)
         if all(state == "accepted" for state in self.state):
             return pb.LeaseResponse(done=pb.Done(reason="every partition is accepted"))
-        return pb.LeaseResponse(wait=pb.Wait(reason="every partition is leased", retry_seconds=0.01))
+        return pb.LeaseResponse(wait=pb.Wait(reason="every partition is leased", retry_seconds=self.retry_seconds))
 
     def _assignment(self, lease: str, partition: int) -> pb.LeaseResponse:
         def blob(sha256: str) -> pb.Blob:

@@ -14,10 +14,14 @@ import sys
 
 import pytest
 
+from forge.errors import StorageError
+from forge.train.memory import parse_size
 from node.control import CONTROL_FILE, SOCKET_FILE, ask, listening
+from node.disk import check_disk
+from node.messages import Blob
 from tests.commands import Outcome, is_one_sentence
 
-from .fakes import FINISH, FakeCoordinator, unrestricted
+from .fakes import CONFIG, FINISH, FakeCoordinator, unrestricted
 
 Process = subprocess.Popen[str]
 
@@ -46,6 +50,9 @@ class Home:
         out, err = self.agent.communicate(timeout=60)
         assert "Traceback" not in err
         return self.agent.returncode, out + err
+
+    def work_files(self) -> list[Path]:
+        return [path for name in ("blobs", "runs") for path in (self.data_dir / name).rglob("*")]
 
     def _run(self, *command: str) -> Process:
         environment = {**os.environ, "FORGE_DATA_DIR": str(self.data_dir), "PYTHONUNBUFFERED": "1"}
@@ -147,6 +154,21 @@ def test_an_order_of_the_coordinator_ends_a_pause(home: Home, coordinator: FakeC
     with coordinator.changed:
         assert coordinator.changed.wait_for(lambda: coordinator.released == ["the test says so"], 30)
     assert coordinator.state == ["open"]
+    home.agent.send_signal(signal.SIGINT)  # Nothing is leased, and the pause goes on.
+    assert home.ends()[0] == 130 and coordinator.calls.count("Lease") == 1
+
+
+def test_finish_leaves_at_once_when_nothing_is_leased(home: Home, coordinator: FakeCoordinator) -> None:
+    coordinator.state, coordinator.retry_seconds = ["uploaded"], 3600.0
+    home.start("--forever")
+    assert home.agent.stdout is not None
+    printed = ""
+    while "waiting for work" not in printed:
+        printed = next(home.agent.stdout)
+    assert "waiting for work: every partition is leased" in home.type("status").out
+    home.type("finish")
+    code, printed = home.ends()
+    assert code == 0 and "Leaving, as `forge-node finish` asked." in printed
 
 
 def test_a_limit_of_the_disk_is_said_before_a_download(home: Home, coordinator: FakeCoordinator) -> None:
@@ -155,8 +177,12 @@ def test_a_limit_of_the_disk_is_said_before_a_download(home: Home, coordinator: 
     error = printed.splitlines()[-1]
     assert code == 6 and error.startswith(f"error: --disk allows {home.data_dir} to hold 5M, and an expert of the run")
     assert "FetchBlob" not in coordinator.calls and coordinator.released == ["failed: storage"]
-    home.start(error.split("use --disk ")[1].replace(" or more.", "").join(["disk=", ""]))
-    assert home.ends()[0] == 0 and coordinator.state == ["accepted"]
+    assert home.work_files() == []
+    blobs = [Blob(sha256=sha256, size=len(data)) for sha256, data in coordinator.blobs.items()]
+    enough = parse_size(error.split("use --disk ")[1].removesuffix(" or more."))
+    check_disk(enough, home.data_dir, blobs, home.data_dir / "none", CONFIG)
+    with pytest.raises(StorageError):
+        check_disk(enough - (2 << 20), home.data_dir, blobs, home.data_dir / "none", CONFIG)
 
 
 def test_ctrl_c_twice_stops_at_once(home: Home, coordinator: FakeCoordinator) -> None:
