@@ -4,14 +4,15 @@
 
 A finished shard is written down before it is sent, and stays written down until its verdict is known: finished work is
 never lost. The same key is the same node, so a killed agent takes its lease back and trains on from the checkpoint.
+While the owner wants the machine nothing is leased and nothing is trained; a lease that is held stays held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 import json
 from pathlib import Path
-import time
 from typing import Any
 
 from forge.config import RunConfig, parse_config
@@ -24,6 +25,9 @@ from forge.vocabulary import SHARD_FORMAT_VERSION
 from node.cache import Cache, Submission, exclusive
 from node.client import FleetClient
 from node.console import Console
+from node.control import listening
+from node.disk import check_disk
+from node.guest import Guest
 from node.heartbeat import Heartbeats
 from node.identity import Identity
 from node.machine import MachineProfile
@@ -34,6 +38,8 @@ from node.worker import Trained, Worker
 VERDICT_SECONDS = 2.0
 #: Longest pause between two questions for work, whatever the coordinator proposes.
 LONGEST_WAIT_SECONDS = 60.0
+#: Seconds between two looks at whether the owner lets the node go on, and at the coordinator's orders meanwhile.
+HOLD_SECONDS = 1.0
 #: So many rejected shards in a row mean that something is wrong with this machine, not with one shard.
 REJECTIONS_IN_A_ROW = 3
 
@@ -54,17 +60,20 @@ class Agent:
         data_dir: identity, downloads and work.
         name: the node's name, written into manifests.
         ram_bytes: what the owner allows.
+        guest: whether the owner lets the node work.
         once: leave after one shard has its verdict.
-        sleep: pauses for that many seconds.
+        disk_bytes: what `data_dir` may hold; None is bounded by the disk only.
+        sleep: pauses for that many seconds; the guest's way when None, which ends when the owner says something.
     """
 
     def __init__(self, *, client: FleetClient, identity: Identity, machine: MachineProfile, worker: Worker,
-                 console: Console, data_dir: Path, name: str, ram_bytes: int, once: bool = False,
-                 sleep: Callable[[float], None] = time.sleep) -> None:  # fmt: skip
+                 console: Console, data_dir: Path, name: str, ram_bytes: int, guest: Guest, once: bool = False,
+                 disk_bytes: int | None = None, sleep: Callable[[float], None] | None = None) -> None:  # fmt: skip
         self._client, self._identity, self._machine, self._worker = client, identity, machine, worker
         self._console, self._data_dir, self._name, self._ram_bytes = console, data_dir, name, ram_bytes
-        self._once, self._sleep = once, sleep
+        self._guest, self._once, self._disk_bytes, self._sleep = guest, once, disk_bytes, sleep or guest.wait
         self._lease: Assignment | None = None
+        self._named: dict[str, str] | None = None
         self._accepted = self._rejected = self._rejected_in_a_row = 0
         self._last_reasons: tuple[str, ...] = ()
 
@@ -74,7 +83,7 @@ class Agent:
         Raises:
             ForgeError: something the owner has to know; the lease was given back, checkpoints are kept.
         """
-        with exclusive(self._data_dir):
+        with exclusive(self._data_dir), listening(self._data_dir, self._guest, self.facts):
             try:
                 self._loop()
                 return 0
@@ -93,10 +102,11 @@ class Agent:
     def _loop(self) -> None:
         self._console.wait(f"joining the coordinator at {self._client.address}")
         joined = self._client.join(self._machine)
-        config = self._config(joined)
+        config = self._understood(joined)
         # What cannot fit is refused before anything is leased or downloaded.
-        self._predicted = self._choose_plan(config).peak_bytes
+        self._config, self._predicted = config, self._choose_plan(config).peak_bytes
         self._config_tree, self._run = json.loads(joined.run.config_json), joined.run
+        self._named = {"id": joined.run.run_id, "name": joined.run.name}
         self._cache = Cache(self._data_dir, joined.run.run_id)
         self._cache.prune()
         self._console.line(
@@ -104,11 +114,17 @@ class Agent:
             f"{format_size(self._predicted)} of the {format_size(self._ram_bytes)} allowed.")  # fmt: skip
         self._console.line(enforcement(self._ram_bytes))
         while True:
+            self._console.idle()
             self._settle()
             if self._once:
                 self._settle_all()
                 if self._accepted + self._rejected:
                     return self._leave_once()
+            self._stand_by(None)
+            if self._guest.leaving:
+                self._settle_all()
+                return self._console.line(f"Leaving, as `forge-node finish` asked. Shards of this node accepted: "
+                                          f"{self._accepted}, rejected: {self._rejected}.")  # fmt: skip
             answer = self._client.lease(self._cache.checkpoints())
             if isinstance(answer, Done):
                 self._settle_all()
@@ -122,7 +138,7 @@ class Agent:
                 continue
             self._work(answer)
 
-    def _config(self, joined: Joined) -> RunConfig:
+    def _understood(self, joined: Joined) -> RunConfig:
         try:
             config = parse_config(json.loads(joined.run.config_json), "The coordinator's config")
         except ValueError as error:
@@ -171,10 +187,9 @@ class Agent:
                 arguments, work_dir = self._download(assignment, beats)
                 if (work_dir / "checkpoint.safetensors").is_file():
                     self._console.line(f"Going on with {title} from its checkpoint.")
-                trained = self._worker.train(arguments, work_dir, beats, self._predicted)
-                # A plan that outgrew its memory once is not tried again with the next lease.
-                self._predicted = min(self._predicted, trained.predicted_bytes)
-                self._say_peak(f"trainer of {title}", trained.peak_bytes, trained.predicted_bytes, self._ram_bytes)
+                trained = self._train(arguments, work_dir, beats)
+                if trained.peak_bytes:
+                    self._say_peak(f"trainer of {title}", trained.peak_bytes, trained.predicted_bytes, self._ram_bytes)
                 if trained.order is Order.ABANDON:
                     raise LeaseLostError(beats.reason)
             except LeaseLostError as error:
@@ -190,6 +205,36 @@ class Agent:
             self._lease = None  # From here on the shard is what counts, not the lease.
             self._hand_in(submission, beats)
 
+    def _train(self, arguments: dict[str, Any], work_dir: Path, beats: Heartbeats) -> Trained:
+        """Train until the expert is finished or the lease ends, however often the owner wants the machine meanwhile."""
+        trained = Trained(order=Order.FINISH)
+        while self._stand_by(beats):
+            trained = self._worker.train(arguments, work_dir, beats, self._predicted)
+            # A plan that outgrew its memory once is not tried again with the next lease.
+            self._predicted = min(self._predicted, trained.predicted_bytes)
+            if not trained.held:
+                return trained
+        return replace(trained, order=beats.order)
+
+    def _stand_by(self, beats: Heartbeats | None) -> bool:
+        """Wait while the owner wants the machine; False when an order of the coordinator comes first.
+
+        Without a lease (no `beats`), an owner who asks to leave is waited for no longer either.
+        """
+        held = False
+        while (hold := self._guest.hold()) is not None and not (beats is None and self._guest.leaving):
+            if beats is not None:
+                beats.stand_still()
+            lease = " The lease is kept." if beats is not None else ""
+            self._console.hold(f"Paused: {hold}.{lease}")
+            held = True
+            self._sleep(HOLD_SECONDS)
+            if beats is not None and beats.order is not Order.CONTINUE:
+                return False
+        if held:
+            self._console.hold("The pause is over.")
+        return True
+
     def _download(self, assignment: Assignment, beats: Heartbeats) -> tuple[dict[str, Any], Path]:
         """Fetch the files of an assignment; what the training process needs to know, and its work directory."""
         facts = {
@@ -197,6 +242,9 @@ class Agent:
             "partition": assignment.partition, "lease_id": assignment.lease_id,
             "shared_sha256": assignment.shared.sha256,
         }  # fmt: skip
+        if self._disk_bytes is not None:
+            check_disk(self._disk_bytes, self._data_dir, assignment.blobs, self._cache.work_dir(assignment.partition),
+                       self._config)  # fmt: skip
         work_dir = self._cache.begin(assignment, facts)
         self._cache.prune()
         total = sum(blob.size for blob in assignment.blobs)
@@ -293,6 +341,17 @@ class Agent:
                              f"last because: {'; '.join(reasons)}; check this machine before it goes on.")  # fmt: skip
 
     # --- small things -----------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What `forge-node status` shows."""
+        progress, budget = self._console.doing or (None, None)
+        lease = self._lease
+        return {
+            "node": self._name, "coordinator": self._client.address, "run": self._named,
+            "partition": lease and lease.partition, "progress": progress and asdict(progress),
+            "memory": budget and asdict(budget), "sentence": self._console.sentence, "waits_for": self._console.waits_for,
+            "accepted": self._accepted, "rejected": self._rejected,
+        }  # fmt: skip
 
     def _show(self, activity: str, partition: int, done: int, total: int, beats: Heartbeats | None) -> None:
         progress = Progress(activity=activity, step=done, steps=total)

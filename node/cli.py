@@ -1,8 +1,9 @@
-"""The command line of a node: `forge-node join` is all there is to it."""
+"""The command line of a node: `forge-node join` is all there is to it; the rest is for its owner's comfort."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import json
 import os
 from pathlib import Path
 import signal
@@ -17,6 +18,8 @@ from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from node.link import Link
+    from node.preferences import Preferences
+    from node.rules import Senses
     from node.worker import RunJob
 
 
@@ -55,84 +58,188 @@ def main() -> None:
     """Train experts of a shared model on this machine."""
 
 
+def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where this node keeps its key, downloads and "
+        "checkpoints. Default: FORGE_DATA_DIR, else ~/.local/share/modularforge.")(command)  # fmt: skip
+
+
 @main.command()
 @click.argument("where", required=False, metavar="[INVITATION|ADDRESS]")
 @click.option("--token", metavar="INVITATION", help="The invitation, beside an ADDRESS. Default: FORGE_TOKEN.")
 @click.option("--ram", metavar="SIZE", help="Memory that training may use, such as 8G or 900M. Default: what is free "
               "now, less a reserve for you, at most 8G.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training. Default: all usable cores.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True,
-              help="Where to train.")  # fmt: skip
-@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where this node keeps its key, "
-              "downloads and checkpoints. Default: FORGE_DATA_DIR, else ~/.local/share/modularforge.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where to train.  [default: auto]")
+@_data_dir_option
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Options of this command as YAML, such "
+              "as `hours: 22-7`; what is typed wins. Default: DATA_DIR/node.yaml.")  # fmt: skip
 @click.option("--name", help="Name that your shards are credited to. Default: this machine's host name.")
+@click.option("--when", type=click.Choice(["always", "idle"]), help="Train always, or only while nobody has used this "
+              "machine for 3 minutes.  [default: always]")  # fmt: skip
+@click.option("--hours", metavar="SPANS", help="Train only in these hours of the day, such as 22-7 or 8:30-12,14-18.")
+@click.option("--on-battery", type=click.Choice(["no", "yes"]), help="Whether to train on the battery.  [default: no]")
+@click.option("--nice", type=click.IntRange(0, 19), help="Priority of training: 19 takes what nobody else wants, 0 its "
+              "full share.  [default: 19]")  # fmt: skip
+@click.option("--disk", metavar="SIZE", help="What DATA_DIR may hold, such as 5G. Default: what the disk has.")
+@click.option("--max-upload", metavar="RATE", help="Bytes a second that shards are sent with, such as 200k or 2M.")
+@click.option("--max-download", metavar="RATE", help="Bytes a second that files are fetched with.")
 @click.option("--once", is_flag=True, help="Leave after one shard.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for a coordinator on this machine that does not "
               "either, unless it is said twice.")  # fmt: skip
 @report_errors()
-def join(where: str | None, token: str | None, ram: str | None, threads: int | None, device: str, data_dir: Path | None,
-         name: str | None, once: bool, insecure: int) -> None:  # fmt: skip
+def join(where: str | None, token: str | None, data_dir: Path | None, config: Path | None, once: bool, insecure: int,
+         **limits: str | int | None) -> None:  # fmt: skip
     """Join a run and train one expert after the other.
 
     The first time it needs the INVITATION that the coordinator's operator made (or FORGE_TOKEN, which other users of
     this machine cannot see); later it remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator
     is now, if that is not where it was.
     """
+    from node.preferences import load_preferences
+
+    here = (data_dir or default_data_dir()).resolve()
+    preferences = load_preferences(config, here, {key.replace("_", "-"): value for key, value in limits.items()})
+    link = make_link(where, token, here, insecure)
+    sys.exit(run_node(link, preferences, here, once))
+
+
+def make_link(where: str | None, token: str | None, data_dir: Path, insecure: int) -> Link:
+    """The line to the coordinator that arguments, environment and the node's memory name."""
     from forge.invitation import PREFIX, Invitation
     from node.link import Link
 
-    here = (data_dir or default_data_dir()).resolve()
     # Taken out of the environment so that the training process does not inherit it.
     text = token or os.environ.pop("FORGE_TOKEN", None)
     address = where or os.environ.get("FORGE_COORDINATOR")
     if address is not None and address.startswith(PREFIX):
         text, address = token or address, None
-    link = Link(parse_address(address) if address else None, data_dir=here, insecure=insecure,
+    return Link(parse_address(address) if address else None, data_dir=data_dir, insecure=insecure,
                 invitation=Invitation.parse(text) if text else None, otherwise=f"127.0.0.1:{DEFAULT_PORT}")  # fmt: skip
-    sys.exit(run_node(link, ram, threads, device, here, name or socket.gethostname() or "node", once))
 
 
-def run_node(link: Link, ram: str | None, threads: int | None, device: str, data_dir: Path, name: str, once: bool,
-             run_job: RunJob | None = None) -> int:  # fmt: skip
+def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, run_job: RunJob | None = None,
+             senses: Senses | None = None) -> int:  # fmt: skip
     """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick.
 
     Args:
         link: where the coordinator is and how it is known.
-        ram: the --ram option.
-        threads: the --threads option.
-        device: the --device option.
+        preferences: what the owner allows.
         data_dir: where the node keeps its files.
-        name: the node's name.
         once: the --once option.
         run_job: starts the training process; None starts the real one.
+        senses: what is known of the owner; None asks the operating system.
 
     Returns:
         The exit code.
     """
-    from forge.train.memory import parse_size
     from node.agent import Agent
     from node.client import FleetClient
     from node.console import Console
+    from node.guest import Guest
     from node.identity import Identity
     from node.machine import MachineProfile
+    from node.senses import Senses as OperatingSystem
+    from node.throttle import Throttle
     from node.worker import Worker, run_train_expert
 
-    machine = MachineProfile.measure(device)
-    ram_bytes = parse_size(ram) if ram is not None else machine.default_ram_bytes
+    machine = MachineProfile.measure(preferences.device)
+    ram_bytes = preferences.ram or machine.default_ram_bytes
     machine.check_ram(ram_bytes)
     if ram_bytes <= 0:
         raise MemoryBudgetError("This machine has no memory to spare right now: close something, or say with --ram how "
                                 "much training may use.")  # fmt: skip
     # A service manager stops a node as its owner would: at the next checkpoint, with the lease given back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console()
+    console, name = Console(), preferences.name or socket.gethostname() or "node"
+    guest = Guest(preferences.rules, senses or OperatingSystem())
     identity = Identity.open(data_dir)
     client = FleetClient(link, identity=identity, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
-                         version=_version())  # fmt: skip
-    worker = Worker(console, ram_bytes=ram_bytes, threads=threads or machine.cores, device=machine.device,
-                    run_job=run_job or run_train_expert)  # fmt: skip
+                         version=_version(), upload=Throttle(preferences.max_upload),
+                         download=Throttle(preferences.max_download))  # fmt: skip
+    worker = Worker(console, ram_bytes=ram_bytes, threads=preferences.threads or machine.cores, device=machine.device,
+                    run_job=run_job or run_train_expert, hold=guest.hold, nice=preferences.nice)  # fmt: skip
     return Agent(client=client, identity=identity, machine=machine, worker=worker, console=console, data_dir=data_dir,
-                 name=name, ram_bytes=ram_bytes, once=once).run()  # fmt: skip
+                 name=name, ram_bytes=ram_bytes, guest=guest, once=once, disk_bytes=preferences.disk).run()  # fmt: skip
+
+
+@main.command()
+@click.option("--for", "duration", metavar="TIME", help="How long, such as 90m, 2h or 1d. Default: until resume.")
+@_data_dir_option
+@report_errors()
+def pause(duration: str | None, data_dir: Path | None) -> None:
+    """Have the node that runs here stop training, and keep its lease."""
+    _tell(data_dir, {"do": "pause", "seconds": None if duration is None else parse_duration(duration)})
+
+
+@main.command()
+@_data_dir_option
+@report_errors()
+def resume(data_dir: Path | None) -> None:
+    """End a pause."""
+    _tell(data_dir, {"do": "resume"})
+
+
+@main.command()
+@_data_dir_option
+@report_errors()
+def finish(data_dir: Path | None) -> None:
+    """Have the node that runs here hand in its current expert, then leave."""
+    _tell(data_dir, {"do": "finish"})
+
+
+@main.command()
+@_data_dir_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def status(data_dir: Path | None, as_json: bool) -> None:
+    """Show what the node that runs here does, and what it waits for."""
+    _tell(data_dir, {"do": "status"}, as_json)
+
+
+@main.command()
+@click.argument("where", required=False, metavar="[INVITATION|ADDRESS]")
+@click.option("--token", metavar="INVITATION", help="The invitation, beside an ADDRESS. Default: FORGE_TOKEN.")
+@_data_dir_option
+@click.option("--insecure", count=True, help="As of join.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def doctor(where: str | None, token: str | None, data_dir: Path | None, insecure: int, as_json: bool) -> None:
+    """Check whether this machine can work for a coordinator, and say what to mend. Nothing is joined."""
+    from dataclasses import asdict
+
+    from node.doctor import describe, examine
+    from node.preferences import load_preferences
+
+    here = (data_dir or default_data_dir()).resolve()
+    findings = []
+    for finding in examine(lambda: make_link(where, token, here, insecure), here, load_preferences(None, here, {})):
+        findings.append(finding)
+        if not as_json:
+            click.echo(describe(finding))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    sys.exit(any(finding.state == "broken" for finding in findings))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `30s`, `90m`, `2h` or `1d`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    number, unit = text.strip()[:-1], text.strip()[-1:]
+    if unit not in ("s", "m", "h", "d") or not number.isascii() or not number.isdigit() or not 0 < int(number) < 10_000:
+        raise ConfigError(f"--for {text[:80]!r} must look like 30s, 90m, 2h or 1d.")
+    return int(number) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit]
+
+
+def _tell(data_dir: Path | None, request: dict[str, object], as_json: bool = False) -> None:
+    """Say something to the node that runs here, and print how it is then."""
+    from node.control import ask, describe
+
+    answer = ask((data_dir or default_data_dir()).resolve(), request)
+    click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))
 
 
 def _version() -> str:

@@ -19,7 +19,7 @@ from modularforge.v1 import fleet_pb2 as pb
 from modularforge.v1 import fleet_pb2_grpc
 from tenacity import RetryCallState
 
-from forge.errors import AccessError, NetworkError, ProtocolError, storage_errors
+from forge.errors import NetworkError, ProtocolError, storage_errors
 from forge.files import hash_file
 from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, proof_message
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
@@ -27,10 +27,8 @@ from node.connection import (
     Patience,
     StalledError,
     Watchdog,
-    asks_again,
-    details,
+    first_error,
     forge_error,
-    is_foreign,
     is_transient,
     may_be_dead,
     retrying,
@@ -40,6 +38,7 @@ from node.identity import Identity
 from node.link import Link
 from node.machine import MachineProfile
 from node.messages import Assignment, Blob, Done, Joined, Order, Progress, Receipt, RunSummary, Verdict, Wait
+from node.throttle import Throttle
 
 _VERDICTS = {
     pb.Receipt.VERDICT_PENDING: Verdict.PENDING,
@@ -67,11 +66,13 @@ class FleetClient:
         version: the version of this software.
         patience: the waits.
         sleep: pauses for that many seconds.
+        upload: how fast shards are sent.
+        download: how fast files of the run are fetched.
     """
 
     def __init__(self, link: Link, *, identity: Identity, name: str, ram_bytes: int, on_wait: Callable[[str], None],
-                 version: str = "", patience: Patience | None = None,
-                 sleep: Callable[[float], None] = time.sleep) -> None:  # fmt: skip
+                 version: str = "", patience: Patience | None = None, sleep: Callable[[float], None] = time.sleep,
+                 upload: Throttle | None = None, download: Throttle | None = None) -> None:  # fmt: skip
         self._link = link
         self._identity = identity
         self._name = name
@@ -80,6 +81,7 @@ class FleetClient:
         self._on_wait = on_wait
         self._patience = patience or Patience()
         self._sleep = sleep
+        self._up, self._down = upload or Throttle(), download or Throttle()
         self._credential = ""
         self._machine: MachineProfile | None = None
         self._run_id: str | None = None
@@ -285,6 +287,7 @@ class FleetClient:
                 for message in call:
                     watchdog.alive()
                     file.write(message.data)
+                    self._down.take(len(message.data), watchdog.alive)
                     held += len(message.data)
                     if on_bytes is not None:
                         on_bytes(held, size)
@@ -305,14 +308,15 @@ class FleetClient:
 
     def _send(self, lease_id: str, sha256: str, path: Path, size: int, offset: int, on_bytes: OnBytes | None) -> None:
         """Send one stream from `offset` to the end."""
-        watched = threading.Event()
+        watched, chunk = threading.Event(), self._up.chunk(CHUNK_BYTES)
 
         def messages() -> Iterator[pb.UploadRequest]:
             watched.wait()
             with open(path, "rb") as file:
                 file.seek(offset)
-                data, at = file.read(CHUNK_BYTES), offset
+                data, at = file.read(chunk), offset
                 while data:
+                    self._up.take(len(data), watchdog.alive)
                     first = at == offset
                     yield pb.UploadRequest(lease_id=lease_id if first else "", sha256=sha256 if first else "",
                                            offset=offset if first else 0, data=data)  # fmt: skip
@@ -320,7 +324,7 @@ class FleetClient:
                     watchdog.alive()
                     if on_bytes is not None:
                         on_bytes(at, size)
-                    data = file.read(CHUNK_BYTES)
+                    data = file.read(chunk)
 
         call: Any = self._stub.Upload.future(messages(), metadata=self._metadata())
         with Watchdog(call, self._patience.stream) as watchdog:
@@ -344,17 +348,8 @@ class FleetClient:
             tries = retrying(self._patience, limit, lambda state: self._before_pause(what, state), self._sleep)
             return tries(lambda: self._with_credential(attempt))
         except (grpc.RpcError, StalledError) as error:
-            if limit is not None and asks_again(error):
-                raise NetworkError(f"The coordinator at {self.address} cannot take this node (tried for {limit:.0f} s): "
-                                   f"{details(error)}; run the same command again later.") from error  # fmt: skip
-            if limit is not None and is_foreign(error):
-                raise AccessError(f"The certificate of the coordinator at {self.address} is not valid: check the clocks of "
-                                  "both machines, and the address.", detail=details(error)) from error  # fmt: skip
-            if limit is not None and is_transient(error):
-                raise NetworkError(
-                    f"No coordinator answers at {self.address} (tried for {limit:.0f} s): start one there with "
-                    "`forge-coordinator serve`, or check the address.", detail=details(error)) from error  # fmt: skip
-            raise forge_error(error, self.address, what) from error
+            first = first_error(error, self.address, limit) if limit is not None else None
+            raise first or forge_error(error, self.address, what) from error
 
     def _before_pause(self, what: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None

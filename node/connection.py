@@ -19,7 +19,7 @@ from tenacity import (
     wait_random,
 )
 
-from forge.errors import BY_CODE, ForgeError, NetworkError, ProtocolError
+from forge.errors import BY_CODE, AccessError, ForgeError, NetworkError, ProtocolError
 from forge.invitation import RETRY_HEADER, SERVER_NAME
 
 #: Longest pause that a coordinator can ask for.
@@ -178,6 +178,21 @@ def why(error: BaseException | None) -> str:
     if is_foreign(error):
         return "what answers there is not the coordinator that this node joined"
     return "it cannot be reached" if "onnect" in details(error) else "the connection was cut"
+
+
+def first_error(error: BaseException, address: str, tried: float) -> ForgeError | None:
+    """Why a coordinator that never answered before could not be joined in `tried` seconds; None leaves it to `forge_error`."""
+    said = details(error)
+    if asks_again(error):
+        return NetworkError(f"The coordinator at {address} cannot take this node (tried for {tried:.0f} s): {said}; run the "
+                            "same command again later.")  # fmt: skip
+    if is_foreign(error):
+        return AccessError(f"The certificate of the coordinator at {address} is not valid: check the clocks of both "
+                           "machines, and the address.", detail=said)  # fmt: skip
+    if is_transient(error):
+        return NetworkError(f"No coordinator answers at {address} (tried for {tried:.0f} s): start one there with "
+                            "`forge-coordinator serve`, or check the address.", detail=said)  # fmt: skip
+    return None
 
 
 def forge_error(error: BaseException, address: str, what: str) -> ForgeError:

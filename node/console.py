@@ -1,4 +1,4 @@
-"""What the owner sees: a live line on a terminal, a plain line every few seconds everywhere else."""
+"""What the owner sees: a live line on a terminal, a plain line every few seconds everywhere else. `status` shows the same."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ class Console:
         stream: where to print; standard output when None.
         live: whether `stream` is a terminal; found out when None.
         clock: seconds, for throttling and the time left.
+
+    Attributes:
+        doing: the latest progress, and the memory that goes with it; None before the first and after `idle`.
+        waits_for: what is waited for; empty while work goes on.
+        sentence: the latest progress in words.
     """
 
     def __init__(self, stream: TextIO | None = None, *, live: bool | None = None,
@@ -47,6 +52,8 @@ class Console:
         self._last_progress = float("-inf")
         self._phase: tuple[str, int, float] = ("", 0, 0.0)  # title, first step seen, when
         self._status: Status | None = None
+        self.doing: tuple[Progress, Budget | None] | None = None
+        self.waits_for = self.sentence = self._held = ""
         if live if live is not None else self._stream.isatty():
             from rich.console import Console as RichConsole
 
@@ -63,22 +70,35 @@ class Console:
     def wait(self, text: str) -> None:
         """Say what is waited for; the same sentence (numbers aside) is repeated every `REPEAT_SECONDS` at most."""
         key = "".join(c for c in text if not c.isdigit())
-        now = self._clock()
+        now, self.waits_for = self._clock(), text
         if now - self._said.get(key, float("-inf")) >= REPEAT_SECONDS:
             self._said[key] = now
             self.line(text)
 
+    def hold(self, text: str) -> None:
+        """Say once why the node stands still, however long that takes; that is no wait for anybody else."""
+        self.waits_for = ""
+        if text != self._held:
+            self._held = text
+            self.calm()
+            self.line(text)
+
+    def idle(self) -> None:
+        """Nothing is worked on any more."""
+        self.doing, self.sentence, self.waits_for = None, "", ""
+
     def progress(self, title: str, progress: Progress, budget: Budget | None = None) -> None:
         """Show how far the work is; `title` says whose."""
         now = self._clock()
+        self.doing, self.waits_for, self._held = (progress, budget), "", ""
         if self._phase[0] != f"{title} {progress.activity}":
             self._phase = (f"{title} {progress.activity}", progress.step, now)
             self._last_progress = float("-inf")
+        self.sentence = text = self._describe(title, progress, budget, now)
         finished = progress.steps > 0 and progress.step >= progress.steps
         if self._status is None and not finished and now - self._last_progress < PLAIN_SECONDS:
             return
         self._last_progress = now
-        text = self._describe(title, progress, budget, now)
         if self._status is None:
             self.line(text)
         else:

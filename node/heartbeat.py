@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 import threading
 
 from forge.errors import ForgeError, NetworkError, ProtocolError, RunMismatchError
@@ -16,7 +17,8 @@ DEFAULT_SECONDS = 30.0
 class Heartbeats:
     """Sends a heartbeat at once and then every `seconds`, until the block ends.
 
-    `order` is the coordinator's latest; it never goes back from abandon or finish to continue.
+    `order` is the coordinator's latest; it never goes back from abandon or finish to continue. `on_order` is called when it
+    changes, so that a step of training is not waited for in vain.
 
     Args:
         client: the connection.
@@ -32,12 +34,18 @@ class Heartbeats:
         self._progress = Progress(activity="downloading")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+        self.on_order: Callable[[], None] = lambda: None
         self.order = Order.CONTINUE
         self.reason = ""
 
     def update(self, progress: Progress) -> None:
         """What the next heartbeat reports."""
         self._progress = progress
+
+    def stand_still(self) -> None:
+        """Report a pause from the next heartbeat on, at the step that was reached."""
+        before = self._progress if self._progress.activity != "downloading" else Progress(activity="")
+        self._progress = replace(before, activity="paused", tokens_per_second=0.0, resident_bytes=0)
 
     def _beat(self) -> None:
         while True:
@@ -56,6 +64,7 @@ class Heartbeats:
     def _obey(self, order: Order, reason: str) -> None:
         if order is Order.ABANDON or (order is Order.FINISH and self.order is Order.CONTINUE):
             self.order, self.reason = order, reason
+            self.on_order()
 
     def __enter__(self) -> Heartbeats:
         self._thread.start()

@@ -1,7 +1,8 @@
-"""Training in a child process, under the owner's memory limit, while orders and Ctrl-C are obeyed.
+"""Training in a child process, under the owner's memory limit, while orders, the owner's rules and Ctrl-C are obeyed.
 
 The agent never imports torch: it starts the job `train-expert` and relays its progress. The job itself keeps to the limit,
-if need be by going on in another process with a smaller plan.
+if need be by going on in another process with a smaller plan. When the owner wants the machine, the child stops at a
+checkpoint and ends: that frees its memory as well as its cores, and costs no step, only the start of another child later.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from node.cache import CHILD_FILE, note_child
 from node.console import Budget, Console
 from node.heartbeat import Heartbeats
 from node.messages import Order, Progress
+from node.rules import Hold
+from node.senses import LOWEST, stand_back
 
 #: Seconds between two looks at the coordinator's orders.
 LOOK_SECONDS = 0.5
@@ -54,10 +57,12 @@ RunJob = Callable[[dict[str, Any], int, Path, int], RunningJob]
 class Trained:
     """How a training process ended.
 
-    `shard` and `manifest` are set when the expert is finished; sizes in bytes.
+    `shard` and `manifest` are set when the expert is finished; `held` when it stopped because the owner wants the machine.
+    Sizes in bytes.
     """
 
     order: Order
+    held: bool = False
     shard: Path | None = None
     manifest: Path | None = None
     sha256: str = ""
@@ -81,15 +86,19 @@ class Worker:
         threads: threads that the child may use.
         device: cpu, cuda or mps.
         run_job: starts the child; tests put another one here.
+        hold: why the child has to stop for a while, or None.
+        nice: the child's priority.
     """
 
-    def __init__(self, console: Console, *, ram_bytes: int, threads: int, device: str,
-                 run_job: RunJob = run_train_expert) -> None:  # fmt: skip
+    def __init__(self, console: Console, *, ram_bytes: int, threads: int, device: str, run_job: RunJob = run_train_expert,
+                 hold: Callable[[], Hold | None] = lambda: None, nice: int = LOWEST) -> None:  # fmt: skip
         self._console = console
         self._ram_bytes = ram_bytes
         self._threads = threads
         self._device = device
         self._run_job = run_job
+        self._hold = hold
+        self._nice = nice
 
     def train(self, assignment: dict[str, Any], work_dir: Path, beats: Heartbeats, predicted: int) -> Trained:
         """Train the expert of an assignment, from its checkpoint if there is one.
@@ -109,6 +118,7 @@ class Worker:
                      "threads": self._threads, "device": self._device}  # fmt: skip
         job = self._run_job(arguments, self._threads, work_dir / LOG_FILE, self._ram_bytes)
         watch = _Watch(job, int(assignment["partition"]), predicted)
+        beats.on_order = watch.wake
         try:
             interrupted = self._follow(job, watch, beats, work_dir)
         except BaseException:
@@ -125,6 +135,7 @@ class Worker:
         done = bool(result.get("finished")) and bool(result.get("shard"))
         return Trained(
             order=Order.CONTINUE if done else Order.FINISH,
+            held=watch.held and beats.order is Order.CONTINUE and not done,
             shard=Path(result["shard"]) if done else None,
             manifest=Path(result["manifest"]) if done else None,
             sha256=str(result["sha256"]) if done else "",
@@ -139,6 +150,7 @@ class Worker:
             while not watch.ended:
                 if job.pid != noted:
                     noted = job.pid
+                    stand_back(noted, self._nice)
                     note_child(work_dir, noted)
                 event = watch.next_event()
                 if event is not None:
@@ -149,6 +161,9 @@ class Worker:
                 elif beats.order is Order.FINISH and not asked:
                     asked = True
                     self._console.line(f"The coordinator asks to stop at the next checkpoint: {beats.reason}")
+                    job.finish()
+                if not watch.held and self._hold() is not None:
+                    watch.held = True
                     job.finish()
                 if presses.count > 1:
                     job.kill()
@@ -176,20 +191,24 @@ class Worker:
 
 
 class _Presses:
-    """Counts Ctrl-C instead of raising it: an exception may be raised, and lost, inside a callback of a library."""
+    """Counts Ctrl-C instead of raising it: an exception may be raised, and lost, inside a callback of a library.
+
+    A service manager's SIGTERM is counted with it.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        # Only the main thread may say what a signal does, and only it is ever interrupted.
+        main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGINT, signal.SIGTERM) if main else ()
 
     def __enter__(self) -> _Presses:
-        # Only the main thread may say what a signal does, and only it is ever interrupted.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._press)
+        self._before = [signal.signal(number, self._press) for number in self._signals]
         return self
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in zip(self._signals, self._before, strict=True):
+            signal.signal(number, before)
 
     def _press(self, number: int, frame: object) -> None:
         self.count += 1
@@ -201,7 +220,7 @@ class _Watch:
     def __init__(self, job: RunningJob, partition: int, predicted: int) -> None:
         self.partition, self.predicted = partition, predicted
         self.killed_for: Order | None = None
-        self.ended = False
+        self.ended = self.held = False
         self._job = job
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._read, name="training-events", daemon=True)
@@ -222,6 +241,10 @@ class _Watch:
             return None
         self.ended = event is None
         return event
+
+    def wake(self) -> None:
+        """Have whoever waits for the next event look at other things at once."""
+        self._events.put({})
 
     def join(self) -> None:
         """Wait for the child's end, once it was told."""

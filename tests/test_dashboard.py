@@ -49,7 +49,7 @@ class Fleet:
         made = subprocess.run([sys.executable, "-m", "coordinator.cli", "token", "create", "--run-dir", str(self.run_dir)],
                               capture_output=True, check=True, text=True)  # fmt: skip
         return self._start("node", "node.cli", "join", made.stdout.strip(), "--ram", "3G", "--threads", "1", "--name", name,
-                           "--data-dir", str(self.root / "node"))  # fmt: skip
+                           "--data-dir", str(self.root / "node"), "--nice", "0")  # fmt: skip
 
     def status(self) -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-m", "coordinator.cli", "status", "--run-dir", str(self.run_dir), "--json"],

@@ -89,7 +89,7 @@ class Fleet:
         data_dir = self.root / f"node-{index}"
         known = (data_dir / "coordinators.json").is_file()
         return self._start(f"node-{index}", "node.cli", "join", *([] if known else [address or self.address]), "--ram", RAM,
-                           "--threads", "1", "--name", f"node-{index}", "--data-dir", str(data_dir),
+                           "--threads", "1", "--nice", "0", "--name", f"node-{index}", "--data-dir", str(data_dir),
                            environment={} if known else {"FORGE_TOKEN": self.invitation})  # fmt: skip
 
     def log(self, name: str) -> str:

@@ -239,7 +239,7 @@ class Fleet:
                                 size=shard.stat().st_size, shard=str(shard), manifest="")  # fmt: skip
         manifest = asdict(submission) | {"run_id": joined.run.run_id, "tokens_seen": 8192}
         cache.submit(Submission(**asdict(submission) | {"manifest": json.dumps(manifest)}))
-        return f"forge-node join --ram 1G --threads 1 --once --data-dir {name}"
+        return f"forge-node join --ram 1G --threads 1 --nice 0 --once --data-dir {name}"
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_a_bad_shard(kind: str, fleet: Fleet) -> None:
 
 @needs_disk
 def test_a_full_disk_under_a_download(fleet: Fleet, tmp_path: Path) -> None:
-    command = f"forge-node join {fleet.token} --ram 1G --threads 1 --once --data-dir disk"
+    command = f"forge-node join {fleet.token} --ram 1G --threads 1 --nice 0 --once --data-dir disk"
     with disk(tmp_path / "disk", "1m") as small:
         outcome = run(command, tmp_path, small)
         is_one_sentence(outcome, "storage", "The disk that holds", "disk/blobs is full", "MB are needed", "free some space")

@@ -9,6 +9,7 @@ from node.connection import Patience
 from node.identity import Identity
 from node.link import Link
 from node.machine import MachineProfile
+from node.throttle import Throttle
 
 from .fakes import FakeCoordinator
 
@@ -33,10 +34,11 @@ def said() -> list[str]:
 def connect(said: list[str]) -> Iterator[Callable[..., FleetClient]]:
     clients: list[FleetClient] = []
 
-    def make(address: str, identity: Identity | None = None, stream: float = 10.0, unary: float = 10.0) -> FleetClient:
+    def make(address: str, identity: Identity | None = None, stream: float = 10.0, unary: float = 10.0,
+             rate: int | None = None) -> FleetClient:  # fmt: skip
         clients.append(FleetClient(
             Link(address, insecure=1), identity=identity or Identity(bytes(32)), name="tester", ram_bytes=1 << 33,
-            on_wait=said.append,
+            on_wait=said.append, upload=Throttle(rate), download=Throttle(rate),
             patience=Patience(unary=unary, stream=stream, first_connection=0.5, goodbye=1.0,
                               backoff=(0.02, 0.1))))  # fmt: skip
         return clients[-1]

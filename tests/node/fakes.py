@@ -17,6 +17,8 @@ from modularforge.v1 import fleet_pb2 as pb
 from modularforge.v1 import fleet_pb2_grpc
 
 from forge.config import parse_config
+from node.guest import Guest
+from node.rules import Rules
 
 CONFIG = parse_config({
     "model": {"vocab_size": 300, "d_model": 32, "d_ff": 64, "n_layers": 1, "n_heads": 2, "n_experts": 2, "top_k": 1,
@@ -47,7 +49,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.verdicts = [ACCEPTED]  # one a shard; the last goes on for ever
         self.pending_answers = 0  # commits answered with "pending" before the verdict
         self.order = CONTINUE
+        self.retry_seconds = 0.01
         self.steps: list[int] = []
+        self.activities: list[str] = []
         self.preferred: list[list[int]] = []
         self.released: list[str] = []
         self.calls: list[str] = []
@@ -88,6 +92,11 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         """Wait until a heartbeat reports at least `step`."""
         with self.changed:
             assert self.changed.wait_for(lambda: any(seen >= step for seen in self.steps), seconds), self.steps
+
+    def wait_for_activity(self, activity: str, seconds: float = 30.0) -> None:
+        """Wait until the latest heartbeat reports an activity."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.activities[-1:] == [activity], seconds), self.activities[-5:]
 
     def _enter(self, name: str, context: grpc.ServicerContext, credential: bool = True) -> None:
         self.calls.append(name)
@@ -134,7 +143,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
             return self._assignment(lease, partition)
         if all(state == "accepted" for state in self.state):
             return pb.LeaseResponse(done=pb.Done(reason="every partition is accepted"))
-        return pb.LeaseResponse(wait=pb.Wait(reason="every partition is leased", retry_seconds=0.01))
+        return pb.LeaseResponse(wait=pb.Wait(reason="every partition is leased", retry_seconds=self.retry_seconds))
 
     def _assignment(self, lease: str, partition: int) -> pb.LeaseResponse:
         def blob(sha256: str) -> pb.Blob:
@@ -148,6 +157,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
         self._enter("Heartbeat", context)
         with self.changed:
+            self.activities.append(request.progress.activity)
             if request.progress.activity == "training":
                 self.steps.append(request.progress.step)
             self.changed.notify_all()
@@ -216,9 +226,29 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseResponse:
         self._enter("Release", context)
-        self.released.append(request.reason)
-        self.state[self.lease_holder[request.lease_id][1]] = "open"
+        with self.changed:
+            self.released.append(request.reason)
+            self.state[self.lease_holder[request.lease_id][1]] = "open"
+            self.changed.notify_all()
         return pb.ReleaseResponse()
+
+
+class SignsInFiles:
+    """Senses that a test changes from outside the process: `battery` and `owner` in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_battery(self) -> bool:
+        return (self.directory / "battery").exists()
+
+    def quiet_seconds(self) -> float:
+        return 0.0 if (self.directory / "owner").exists() else 1e9
+
+
+def unrestricted() -> Guest:
+    """An owner who always lets the node work."""
+    return Guest(Rules(on_battery=True), SignsInFiles(Path("/nowhere")))
 
 
 class CountingJob:
@@ -228,16 +258,17 @@ class CountingJob:
         arguments: as of the job train-expert.
         steps: how far to count.
         hold_at: step at which it goes on only when it is told to finish.
+        deaf: whether it never hears that it should finish.
     """
 
     made = 0
 
-    def __init__(self, arguments: dict[str, Any], steps: int = 5, hold_at: int | None = None) -> None:
+    def __init__(self, arguments: dict[str, Any], steps: int = 5, hold_at: int | None = None, deaf: bool = False) -> None:
         CountingJob.made += 1
         self.work_dir, self.ram_bytes = Path(arguments["work_dir"]), arguments["ram_bytes"]
-        self.pid, self.peak_rss = os.getpid(), 1
+        self.pid, self.peak_rss = 0, 1  # Of no process: none is given a low priority, none is ended.
         self.steps, self.hold_at = steps, hold_at
-        self.killed, self.told = False, threading.Event()
+        self.killed, self.deaf, self.told = False, deaf, threading.Event()
         checkpoint = self.work_dir / "checkpoint.safetensors"
         self.first = int(checkpoint.read_text()) if checkpoint.is_file() else 0
         self.step = self.first
@@ -266,7 +297,8 @@ class CountingJob:
         return facts | {"finished": True, "shard": str(shard), "manifest": str(manifest), "sha256": sha256}
 
     def finish(self) -> None:
-        self.told.set()
+        if not self.deaf:
+            self.told.set()
 
     def kill(self) -> None:
         self.killed = True

@@ -19,7 +19,7 @@ from node.identity import Identity
 from node.machine import MachineProfile
 from node.worker import Worker
 
-from .fakes import ABANDON, ACCEPTED, CONFIG, CONTINUE, FINISH, REJECTED, CountingJob, FakeCoordinator
+from .fakes import ABANDON, ACCEPTED, CONFIG, CONTINUE, FINISH, REJECTED, CountingJob, FakeCoordinator, unrestricted
 
 
 class Node:
@@ -28,6 +28,7 @@ class Node:
     def __init__(self, data_dir: Path, connect: Callable[..., FleetClient], machine: MachineProfile) -> None:
         self.data_dir, self.connect, self.machine = data_dir, connect, machine
         self.jobs: list[CountingJob] = []
+        self.disk_bytes: int | None = None
         self.on_sleep: Callable[[], None] = lambda: None
 
     def run(self, address: str, *, once: bool = False, ram_bytes: int = 2 << 30, job: type[CountingJob] = CountingJob,
@@ -43,8 +44,8 @@ class Node:
         agent = Agent(
             client=self.connect(address, identity), identity=identity, machine=self.machine, console=console,
             worker=Worker(console, ram_bytes=ram_bytes, threads=1, device="cpu", run_job=run_job),
-            data_dir=self.data_dir, name="tester", ram_bytes=ram_bytes, once=once,
-            sleep=lambda _: self.on_sleep())  # fmt: skip
+            data_dir=self.data_dir, name="tester", ram_bytes=ram_bytes, once=once, disk_bytes=self.disk_bytes,
+            guest=unrestricted(), sleep=lambda _: self.on_sleep())  # fmt: skip
         code = agent.run()
         return code, printed.getvalue()
 

@@ -68,11 +68,12 @@ def test_kill_9_in_training_and_the_same_command_again(start: object, coordinato
     assert b"from step 3" in shard[:30]
 
 
-def test_ctrl_c_stops_at_a_checkpoint_and_gives_the_lease_back(start: object, coordinator: FakeCoordinator,
-                                                               tmp_path: Path) -> None:  # fmt: skip
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_at_a_checkpoint_and_gives_the_lease_back(start: object, coordinator: FakeCoordinator, tmp_path: Path,
+                                                               sent: signal.Signals) -> None:  # fmt: skip
     agent = _agent(start, coordinator, tmp_path / "node", "2")
     coordinator.wait_for_step(2)
-    agent.send_signal(signal.SIGINT)
+    agent.send_signal(sent)
     out, err = agent.communicate(timeout=60)
     assert agent.returncode == 130, err
     assert "Stopping at the next checkpoint" in out and "Checkpoints are kept" in out
@@ -88,6 +89,29 @@ def test_help_is_quick_and_the_agent_never_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"False"
     code = "import node.cli, sys; print([m for m in ('grpc', 'pydantic', 'rich', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"[]"
+
+
+def test_what_an_owner_types_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = ("import pathlib, sys, node.control\n"
+            f"try: node.control.ask(pathlib.Path({str(tmp_path)!r}), {{'do': 'status'}})\n"
+            "except Exception as error: print(type(error).__name__)\n"
+            "print([m for m in ('grpc', 'pydantic', 'rich', 'yaml', 'psutil') if m in sys.modules])")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "NetworkError\n[]\n"
+
+
+@pytest.mark.parametrize(("options", "file", "code", "words"), [
+    (["--hours", "7-7"], "", 3, "error: --hours '7-7' is wrong: '7-7' is not a span of hours"),
+    (["--max-upload", "fast"], "", 3, "error: --max-upload 'fast' is wrong: 'fast' is not a rate"),
+    ([], "hour: 22-7", 3, "node.yaml: unknown key 'hour'; did you mean 'hours'?"),
+    (["--config", "nowhere.yaml"], "", 3, "error: Cannot read the config file nowhere.yaml"),
+    (["--when", "never"], "", 2, "'never' is not one of 'always', 'idle'"),
+])  # fmt: skip
+def test_wrong_preferences(start: object, tmp_path: Path, options: list[str], file: str, code: int, words: str) -> None:
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "node.yaml").write_text(file)
+    ended, out, err = _join(start, "127.0.0.1", *options)
+    assert (ended, out) == (code, "") and words in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "node").iterdir()] == ["node.yaml"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 import socket
 import threading
+import time
 
 import grpc
 import pytest
@@ -221,3 +222,37 @@ def test_nobody_there_fails_soon(connect: Connect, machine: MachineProfile, said
         with pytest.raises(NetworkError, match="forge-coordinator serve"):
             connect(address).join(machine)
     assert "to join: it cannot be reached" in said[0]
+
+
+def test_blobs_are_held_to_their_rates_and_small_calls_are_not(
+        coordinator: FakeCoordinator, connect: Connect, machine: MachineProfile, tmp_path: Path) -> None:  # fmt: skip
+    """Half of the file a second: one second's worth may be saved up, the other has to be waited for."""
+    size = len(coordinator.blobs[coordinator.shared])
+    # With less patience than the transfers take: a slow line is not a dead one.
+    client = connect(coordinator.address, stream=1.5, rate=size // 2)
+    client.join(machine)
+    assignment = client.lease([])
+    assert isinstance(assignment, Assignment)
+    beats: list[float] = []
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            before = time.monotonic()
+            client.heartbeat(assignment.lease_id, Progress(activity="downloading"))
+            beats.append(time.monotonic() - before)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        before = time.monotonic()
+        _fetch(client, coordinator, tmp_path / "blob")
+        between = time.monotonic()
+        client.upload(assignment.lease_id, coordinator.shared, tmp_path / "blob")
+        assert between - before > 0.9 and time.monotonic() - between > 0.9
+    finally:
+        over.set()
+        thread.join()
+    assert coordinator.fetch_offsets == [0] and coordinator.upload_offsets == [0]
+    assert bytes(coordinator.uploads[coordinator.shared]) == coordinator.blobs[coordinator.shared]
+    assert len(beats) > 5
