@@ -104,13 +104,13 @@ def _around_file(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _path(path: Any, named: dict[str, Any]) -> str:
     if isinstance(path, int):
-        path = os.readlink(f"/proc/self/fd/{path}")
+        path = str(os.readlink(f"/proc/self/fd/{path}"))
     elif named.get("dir_fd") is not None:  # shutil.rmtree
         path = os.path.join(os.readlink(f"/proc/self/fd/{named['dir_fd']}"), os.fspath(path))
-    return os.path.abspath(os.fspath(path))
+    return str(os.path.abspath(os.fspath(path)))
 
 
-class ServerPoints(grpc.ServerInterceptor):
+class ServerPoints(grpc.ServerInterceptor):  # type: ignore[type-arg]
     """Points when a call has come, when its answer is made, and when the answer is sent.
 
     Args:
@@ -148,7 +148,8 @@ class ServerPoints(grpc.ServerInterceptor):
         return make(called(getattr(handler, kind)), handler.request_deserializer, handler.response_serializer)
 
 
-class ClientPoints(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
+class ClientPoints(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor,  # type: ignore[type-arg]
+                   grpc.StreamUnaryClientInterceptor):  # type: ignore[type-arg]  # fmt: skip
     """Points before a call is made and when its answer is here."""
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:

@@ -25,6 +25,7 @@ from forge.files import RunDirectory, read_json, write_bytes, write_json
 from forge.invitation import Invitation
 from node import client, link
 from node.cli import run_node
+from node.preferences import load_preferences
 from tests.coordinator import fakes
 from tests.coordinator.fakes import FakeJobs, make_shard
 from tests.faults import points
@@ -51,7 +52,9 @@ def state_at(partition: int, step: int) -> str:
 
 def shard_of(root: Path, partition: int) -> dict[str, np.ndarray]:
     """The tensors of a partition whose training was never killed."""
-    return load(make_shard(RunDirectory(root / "run"), partition, seed=int(state_at(partition, STEPS)[:8], 16)))
+    found: dict[str, np.ndarray] = load(
+        make_shard(RunDirectory(root / "run"), partition, seed=int(state_at(partition, STEPS)[:8], 16)))  # fmt: skip
+    return found
 
 
 class ChainedJob:
@@ -67,7 +70,9 @@ class ChainedJob:
         self.pid = os.getpid()
 
     def events(self) -> Iterator[dict[str, Any]]:
-        held = read_json(self._checkpoint) if self._checkpoint.is_file() else {"step": 0, "state": state_at(self._partition, 0)}
+        held: dict[str, Any] = {"step": 0, "state": state_at(self._partition, 0)}
+        if self._checkpoint.is_file():
+            held = read_json(self._checkpoint)
         for step in range(int(held["step"]), STEPS):
             held = {"step": step + 1, "state": hashlib.sha256(f"{held['state']} {step}".encode()).hexdigest()}
             write_json(self._checkpoint, held)
@@ -92,9 +97,10 @@ class ChainedJob:
 def coordinate(root: Path) -> int:
     """The coordinator: everything real but what needs torch."""
     blobs._write_all = points.around("write of a chunk", blobs._write_all)
-    make = grpc.server
-    grpc.server = lambda *more, interceptors=(), **named: make(  # type: ignore[assignment]
-        *more, interceptors=[*interceptors, points.ServerPoints(lose="FAULTS_LOSE" in os.environ)], **named)  # fmt: skip
+    make: Any = grpc.server
+    here = points.ServerPoints(lose="FAULTS_LOSE" in os.environ)
+    server: Any = lambda *more, interceptors=(), **named: make(*more, interceptors=[*interceptors, here], **named)  # noqa: E731
+    grpc.server = server
     coordinator = Coordinator(fakes.CONFIG, root / "run", (root / LISTEN_FILE).read_text(), run_job=FakeJobs(),
                               exit_when_done=True, dashboard=OFF)  # fmt: skip
     with coordinator:
@@ -104,12 +110,13 @@ def coordinate(root: Path) -> int:
 
 def work(root: Path) -> int:
     """The node: everything real but what needs torch."""
-    opened = link.open_channel
-    link.open_channel = lambda *more: grpc.intercept_channel(opened(*more), points.ClientPoints())
+    opened: Any = link.__dict__["open_channel"]
+    link.__dict__["open_channel"] = lambda *more: grpc.intercept_channel(opened(*more), points.ClientPoints())
     _note_receipts(root)
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
-    return run_node(link.Link(None, data_dir=root / "node", invitation=invitation), "2G", 1, "cpu", root / "node", "tester",
-                    False, run_job=lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
+    preferences = load_preferences(None, root / "node", {"ram": "2G", "threads": 1, "device": "cpu", "name": "tester"})
+    return run_node(link.Link(None, data_dir=root / "node", invitation=invitation), preferences, root / "node", False,
+                    lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
 
 
 def _note_receipts(root: Path) -> None:
