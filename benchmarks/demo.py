@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 
-from forge.cli import print_evaluation
 from forge.system import peak_resident_bytes_of
+from forge.terminal import print_evaluation
 from forge.train.memory import LIGHT_MB, MB, format_size
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 import re
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.errors import ConfigError, ProvenanceError, StorageError, report_errors
+from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
+from forge.terminal import Printer, print_evaluation
 from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
@@ -202,28 +202,61 @@ def evaluate(target: Path, data: str | None, as_json: bool) -> None:
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
 
 
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("model", type=click.Path(path_type=Path)),
+        click.option("--max-tokens", default=None, type=click.IntRange(1), show_default="128, or as many as fit",
+                     help="Tokens to write at most."),
+        click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0),
+                     help="How bold to choose; 0 takes the most likely token each time."),
+        click.option("--top-p", default=None, type=click.FloatRange(0, 1, min_open=True),
+                     help="Choose among the likeliest tokens that reach this probability together."),
+        click.option("--top-k", default=None, type=click.IntRange(1), help="Choose among so many of the likeliest tokens."),
+        click.option("--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True),
+                     help="Above 1, what is in the text already becomes less likely."),
+        click.option("--seed", default=0, show_default=True, help="The same seed gives the same text."),
+        click.option("--show-experts", is_flag=True, help="Show which expert spoke each token."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("model_dir", type=click.Path(path_type=Path))
-@click.option("--prompt", default="", help="Text to continue.")
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0))
-@click.option("--top-k", default=None, type=click.IntRange(1))
-@click.option("--top-p", default=None, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--seed", default=0, show_default=True)
+@_sampling_options
+@click.argument("prompt", default="")
 @report_errors()
-def generate(model_dir: Path, prompt: str, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-             seed: int) -> None:  # fmt: skip
-    """Continue a prompt with an assembled model."""
-    _check_model_dir(model_dir)
-    from forge.data.tokenizer import load_tokenizer
-    from forge.evaluate.generate import generate as continue_text
+def generate(model: Path, prompt: str, show_experts: bool, **sampling: Any) -> None:
+    """Continue PROMPT (- reads it from stdin) with MODEL, a model directory or a run directory."""
+    directory = _model_of(model)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    from forge.chat import Voice, telling_words
+    from forge.evaluate.generate import Sampling, stream
+    from forge.evaluate.text import read_tokenizer
     from forge.model.moe import MixtureLM
 
-    model = MixtureLM.load(model_dir)
-    click.echo(prompt, nl=False)
-    continue_text(model, load_tokenizer(model_dir / "tokenizer.json"), prompt, max_tokens, temperature, top_k, top_p, seed,
-                  on_token=lambda text: click.echo(text, nl=False))  # fmt: skip
-    click.echo()
+    tokenizer, loaded = read_tokenizer(directory), MixtureLM.load(directory)
+    pieces = stream(loaded, tokenizer, prompt, Sampling(**sampling))
+    try:
+        Voice(show_experts, telling_words(directory)).speak(pieces, after=prompt)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@main.command()
+@_sampling_options
+@report_errors()
+def chat(model: Path, show_experts: bool, **sampling: Any) -> None:
+    """Write a text in turns with MODEL, a model directory or a run directory; it continues what you type."""
+    directory = _model_of(model)
+    from forge.chat import Chat, Voice, telling_words
+    from forge.evaluate.generate import Sampling
+    from forge.evaluate.text import read_tokenizer
+    from forge.model.moe import MixtureLM
+
+    voice = Voice(show_experts, telling_words(directory))
+    Chat(MixtureLM.load(directory), read_tokenizer(directory), Sampling(**sampling), voice).run()
 
 
 @main.command()
@@ -268,62 +301,6 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
     click.echo(push_model(model_dir, repo, message="Push the assembled model", card=card, private=private))
 
 
-class Printer:
-    """Progress of jobs as plain lines: one a stage, then one every few seconds."""
-
-    #: Seconds between two lines of one stage.
-    INTERVAL = 3.0
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Print one event, or leave it out when the last line is young."""
-        if event["event"] == "stage":
-            self._last = 0.0
-            click.echo(f"== {event['stage']}")
-            return
-        if not event["steps"] and not event.get("message"):
-            return
-        if time.monotonic() - self._last < self.INTERVAL and event["step"] != event["steps"]:
-            return
-        self._last = time.monotonic()
-        click.echo(progress_line(event))
-
-
-def progress_line(event: dict[str, Any]) -> str:
-    """One progress event for people: stage, steps, loss, speed, memory and the time left."""
-    from forge.train.memory import format_size
-
-    if not event["steps"]:
-        return f"  {event['message']}"
-    parts = [f"{event['stage']}: {event['step']:,} of {event['steps']:,}"]
-    if event.get("message"):
-        parts.append(str(event["message"]))
-    if event.get("loss") is not None:
-        parts.append(f"loss {event['loss']:.3f}")
-    if event.get("tokens_per_second"):
-        parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"memory {format_size(event['resident_bytes'])}")
-    return "  " + ", ".join(parts)
-
-
-def print_evaluation(root: Path) -> None:
-    """What `reports/` tells of a run: perplexities and their meaning, samples, and the memory of every process."""
-    from forge.evaluate.table import evaluation_lines
-
-    for line in evaluation_lines(json.loads((root / "reports" / "evaluation.json").read_text())):
-        click.echo(line)
-    memory = root / "reports" / "memory.json"
-    if memory.is_file():
-        from forge.train.memory import format_size
-
-        click.echo(f"\n{'peak memory':28}{'measured':>9}{'predicted':>11}")
-        for process, row in json.loads(memory.read_text()).items():
-            predicted = format_size(row["predicted_bytes"]) if row["predicted_bytes"] else "-"
-            click.echo(f"{process:28}{format_size(row['peak_bytes']):>9}{predicted:>11}")
-
-
 def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
              ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
     from forge.config import load_config
@@ -337,6 +314,15 @@ def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
     if ram is not None:
         click.echo(enforcement(ram_bytes))
     return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
+
+
+def _model_of(path: Path) -> Path:
+    """The model directory that a path means: itself, or the one of a run directory."""
+    if (path / "run.yaml").is_file() and not (path / "model" / INDEX_FILE).is_file():
+        raise StorageError(f"The run in {path} has no assembled model yet: it has one as soon as it is published.")
+    model = path / "model" if (path / "model" / INDEX_FILE).is_file() else path
+    _check_model_dir(model)
+    return model
 
 
 def _check_model_dir(path: Path, *files: str) -> None:

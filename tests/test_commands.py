@@ -45,10 +45,11 @@ def test_evaluate(road: Road) -> None:
     is_one_sentence(run("forge evaluate run/model --data blank.txt", road.desk), "data", "no text", "another source")
 
 
-def test_generate_is_a_function_of_its_seed(road: Road) -> None:
-    command = "forge generate run/model --prompt 'The sail' --max-tokens 4 --seed 3"
-    first = worked(run(command, road.desk)).out
-    assert first.startswith("The sail") and first == worked(run(command, road.desk)).out
+def test_generate_is_a_function_of_its_seed_and_takes_a_run_or_its_model(road: Road) -> None:
+    first, second = (run(f"forge generate {where} 'The sail' --max-tokens 4 --seed 3", road.desk)
+                     for where in ("run", "run/model"))  # fmt: skip
+    assert first.code == 0 and first.out.startswith("The sail") and first.out == second.out
+    assert len(first.err.splitlines()) == 1 and "tokens/s" in first.err
 
 
 def test_push(road: Road) -> None:
@@ -68,6 +69,9 @@ def test_push(road: Road) -> None:
     ("forge evaluate nowhere", "storage", ["nowhere is not a run directory", "--data SOURCE"]),
     ("forge evaluate run --data text.txt", "storage", ["run is not a model directory", "give run/model."]),
     ("forge generate nowhere", "storage", ["nowhere is not a model directory", "`model` directory of a run"]),
+    ("forge generate run 'The' --max-tokens 1000", "config", ["do not fit in the model's context of 128"]),
+    ("forge generate run 'The' --seed 99999999999999999999", "config", ["must fit in 64 bits"]),
+    ("forge chat text.txt", "storage", ["text.txt is not a model directory"]),
     ("forge push text.txt me/tiny", "storage", ["text.txt is not a model directory"]),
     ("forge push run/model tiny", "config", ["'tiny' must look like USER/REPO"]),
     ("forge verify nowhere", "storage", ["nowhere is not there"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,17 @@ def test_forge_knows_no_transport_no_database_and_no_fleet() -> None:
 
 def test_coordinator_and_node_never_import_each_other() -> None:
     assert _offences("coordinator", {"node"}) + _offences("node", {"coordinator"}) == []
+
+
+def test_the_tour_of_the_code_names_every_module() -> None:
+    held, folder = set(), ""
+    for line in (ROOT / "docs" / "tour.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"## `(.*?)/`", line):
+            folder = heading[1]
+        elif row := re.match(r"\| `(.*?\.py)` \|", line):
+            held.add(f"{folder}/{row[1]}")
+    modules = [path for package in ("forge", "coordinator", "node") for path in (ROOT / package).rglob("*.py")]
+    assert held == {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
 
 
 @pytest.mark.parametrize(("package", "gateway"), [("coordinator", "servicer.py"), ("node", "client.py")])

@@ -13,7 +13,7 @@ from forge.data.tokenizer import load_tokenizer
 from forge.data.tokens import TokenFile
 from forge.errors import DataError
 from forge.evaluate.explain import explain
-from forge.evaluate.generate import generate
+from forge.evaluate.generate import Sampling, generate
 from forge.evaluate.heldout import HeldOut, Measured
 from forge.evaluate.perplexity import Loss, Observer, figures, finite, pooled
 from forge.evaluate.rivals import compare
@@ -118,6 +118,6 @@ def samples(
         document = file.document((seed // len(filled)) % len(file))
         prompt = tokenizer.decode([int(token) for token in document[:prompt_tokens]])
         room = context - max(1, len(tokenizer.encode(prompt).ids))
-        text = generate(model, tokenizer, prompt, min(config.sample_tokens, room), seed=seed)
+        text = generate(model, tokenizer, prompt, Sampling(min(config.sample_tokens, room), seed=seed))
         written.append({"partition": partition, "prompt": prompt, "text": text, "seed": seed})
     return written

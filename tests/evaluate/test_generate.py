@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+import re
+import sys
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from forge.errors import ConfigError
-from forge.evaluate.generate import choose, generate, generate_ids
-from forge.model.moe import MixtureLM
-from forge.vocabulary import END_OF_TEXT
+from forge.evaluate.generate import Sampling, Token, choose, generate, generate_ids, penalised, pieces, tokens
+from forge.model import names
+from forge.model.moe import MixtureLM, Routing
+from forge.vocabulary import END_OF_TEXT, ROUTER_FILE, expert_file
 from tests.model.conftest import TINY, write_mixture
 
 
@@ -47,12 +52,29 @@ def test_a_seed_decides(model: MixtureLM) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_it_stops_at_an_end_of_text_and_tells_of_each_token(model: MixtureLM) -> None:
+def test_it_stops_at_an_end_of_text(model: MixtureLM) -> None:
     whole = generate_ids(model, [9], 30, temperature=0)
     end = whole[-1]
-    told: list[int] = []
-    new = generate_ids(model, [9], 30, temperature=0, end_id=end, on_id=told.append)
-    assert new == told == whole[: whole.index(end)]
+    new = [token.id for token in tokens(model, [9], Sampling(30, temperature=0), end_id=end)]
+    assert new == whole[: whole.index(end)]
+
+
+@torch.inference_mode()
+def test_the_expert_of_a_token_has_the_largest_mean_weight_where_the_token_was_drawn(model: MixtureLM) -> None:
+    text, spoke = [5, 6, 7], set[int]()
+    for token in tokens(model, text, Sampling(40, temperature=1.0)):
+        routing: list[Routing] = []
+        model(torch.tensor([text]), routing=routing)
+        shares = [torch.zeros(TINY.n_experts).scatter_(0, layer.experts_NK[-1], layer.weights_NK[-1]) for layer in routing]
+        assert token.expert == int(torch.stack(shares).mean(dim=0).argmax())
+        spoke.add(token.expert)
+        text.append(token.id)
+    assert len(spoke) > 1
+
+
+def test_without_a_number_it_writes_what_fits(model: MixtureLM) -> None:
+    assert len(list(tokens(model, [1] * 630, Sampling()))) == 10
+    assert len(list(tokens(model, [1], Sampling()))) == 128
 
 
 def test_choices_follow_the_distribution_and_its_cuts() -> None:
@@ -60,7 +82,8 @@ def test_choices_follow_the_distribution_and_its_cuts() -> None:
     random = torch.Generator().manual_seed(0)
 
     def drawn(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> list[float]:
-        draws = [choose(logits_V, temperature, top_k, top_p, random) for _ in range(2000)]
+        sampling = Sampling(None, temperature, top_k, top_p)
+        draws = [choose(logits_V, sampling, random) for _ in range(2000)]
         return [draws.count(token) / 2000 for token in range(4)]
 
     assert drawn() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.04)
@@ -72,21 +95,39 @@ def test_choices_follow_the_distribution_and_its_cuts() -> None:
     assert drawn(temperature=0) == [0, 1, 0, 0]
 
 
-def test_text_is_told_piece_by_piece_in_whole_characters(model: MixtureLM) -> None:
-    pieces: list[str] = []
-    tokenizer = byte_tokenizer()
-    text = generate(model, tokenizer, "déjà", 40, temperature=1.0, seed=1, on_token=pieces.append)
-    assert "".join(pieces) == text and len(pieces) > 1
-    assert text == generate(model, tokenizer, "déjà", 40, temperature=1.0, seed=1)
+def test_a_penalty_is_the_one_of_transformers(model: MixtureLM) -> None:
+    logits_V = torch.linspace(-2, 2, 9)
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[1, 7, 7]]), logits_V[None])[0]
+    assert torch.equal(penalised(logits_V, {7, 1}, 1.3), theirs)
+    assert penalised(logits_V, {1}, 1.0) is logits_V
+    again = [token.id for token in tokens(model, [5], Sampling(60, temperature=0, repetition_penalty=1e9))]
+    assert len({5, *again}) == 61  # Nothing is said twice.
+
+
+def test_text_comes_in_whole_characters_across_the_borders_of_tokens() -> None:
+    """A token is a byte here, so that every character but ASCII's is several tokens."""
+    tokenizer, said = byte_tokenizer(), "déjà → 日本 🙂."
+    new = [Token(number, 0) for number in tokenizer.encode(said).ids]
+    told = [piece.text for piece in pieces(tokenizer, new)]
+    assert [text for text in told if text] == list(said) and len(told) == len(said.encode())
+    assert [piece.text for piece in pieces(tokenizer, new[:-2])][-1] == "\ufffd"  # The smile lacks its last byte.
+
+
+def test_text_is_what_its_tokens_say(model: MixtureLM) -> None:
+    tokenizer, sampling = byte_tokenizer(), Sampling(40, temperature=1.0, seed=1)
+    ids = generate_ids(model, tokenizer.encode("déjà").ids, 40, temperature=1.0, seed=1)
+    text = generate(model, tokenizer, "déjà", sampling)
+    assert text == tokenizer.decode(ids[: ids.index(0)] if 0 in ids else ids)
+    assert text == generate(model, tokenizer, "déjà", sampling)
 
 
 def test_an_empty_prompt_starts_a_document(model: MixtureLM) -> None:
     tokenizer = byte_tokenizer()
-    expected = generate_ids(model, [0], 8, temperature=0, end_id=0)
-    assert generate(model, tokenizer, "", 8, temperature=0) == tokenizer.decode(expected)
+    expected = [token.id for token in tokens(model, [0], Sampling(8, temperature=0), end_id=0)]
+    assert generate(model, tokenizer, "", Sampling(8, temperature=0)) == tokenizer.decode(expected)
     without = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     with pytest.raises(ConfigError, match="no end of text"):
-        generate(model, without, "", 8)
+        generate(model, without, "", Sampling(8))
 
 
 @pytest.mark.parametrize(
@@ -97,16 +138,47 @@ def test_an_empty_prompt_starts_a_document(model: MixtureLM) -> None:
         ({"top_k": 0}, "top-k must be at least 1"),
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.5}, "top-p must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition penalty must be above 0"),
+        ({"seed": 1 << 64}, "must fit in 64 bits"),
         ({"max_tokens": 0}, "must be at least 1"),
         ({"max_tokens": 640}, "do not fit in the model's context of 640"),
+        ({"max_tokens": None, "prompt": [1] * 640}, "leave no room in the model's context of 640"),
         ({"prompt": [TINY.vocab_size]}, "not in the model's vocabulary"),
     ],
 )
 def test_a_bad_option_is_one_sentence(model: MixtureLM, options: dict[str, Any], sentence: str) -> None:
+    prompt = options.pop("prompt", [1, 2])
     with pytest.raises(ConfigError, match=sentence):
-        generate_ids(model, **{"prompt": [1, 2], "max_tokens": 4, **options})
+        next(tokens(model, prompt, Sampling(**{"max_tokens": 4, **options})))
 
 
 def test_the_directory_of_a_small_model_is_enough(tmp_path: Path) -> None:
     model = MixtureLM.load(write_mixture(tmp_path, TINY.model_copy(update={"n_experts": 1, "top_k": 1})))
     assert len(generate_ids(model, [1], 5)) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps tells what is resident on Linux alone")
+def test_the_pages_of_an_expert_that_no_token_is_sent_to_are_never_read(tmp_path: Path) -> None:
+    config = TINY.model_copy(update={"d_model": 256, "d_ff": 1536, "n_experts": 3, "top_k": 1})
+    directory = write_mixture(tmp_path, config)
+    favourite = {name: torch.zeros(shape) for name, shape in names.router_tensors(config).items()}
+    save_file(favourite, directory / ROUTER_FILE)  # With all weights equal, top-k takes the same expert each time.
+    model = MixtureLM.load(directory)
+    assert len(generate_ids(model, [5, 6], 4)) == 4
+    routing: list[Routing] = []
+    model(torch.tensor([[5, 6]]), routing=routing)
+    (used,) = set(torch.cat([layer.experts_NK for layer in routing]).flatten().tolist())
+    for expert in range(3):
+        size, resident = directory.joinpath(expert_file(expert)).stat().st_size, _resident(expert_file(expert))
+        assert resident > 0.9 * size if expert == used else resident < 0.2 * size
+
+
+def _resident(file: str) -> int:
+    """Bytes of a mapped file that are in this process's page table."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            inside = line.endswith(file)
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
