@@ -141,9 +141,10 @@ def test_a_shard_without_a_verdict_is_settled_by_the_next_start(node: Node, coor
 def test_an_abandoned_lease_keeps_its_checkpoint(node: Node, coordinator: FakeCoordinator) -> None:
     class Abandoned(CountingJob):
         def events(self) -> Any:
-            if len(node.jobs) == 1:
-                coordinator.order = ABANDON
-            yield from super().events()
+            for event in super().events():
+                if len(node.jobs) == 1 and event["step"] == 2:  # Obeyed at once: before that, there is no second step.
+                    coordinator.order = ABANDON
+                yield event
 
         def kill(self) -> None:
             coordinator.state[0], coordinator.order = "open", CONTINUE
@@ -160,9 +161,10 @@ def test_an_abandoned_lease_keeps_its_checkpoint(node: Node, coordinator: FakeCo
 def test_finish_gives_the_lease_back_at_a_checkpoint(node: Node, coordinator: FakeCoordinator) -> None:
     class Finished(CountingJob):
         def events(self) -> Any:
-            if len(node.jobs) == 1:
-                coordinator.order = FINISH
-            yield from super().events()
+            for event in super().events():
+                if len(node.jobs) == 1 and event["step"] == 2:  # Obeyed at once: before that, there is no second step.
+                    coordinator.order = FINISH
+                yield event
 
         def finish(self) -> None:
             coordinator.order = CONTINUE
