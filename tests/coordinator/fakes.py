@@ -156,7 +156,7 @@ class FakeNode:
             address, grpc.ssl_channel_credentials(ca_certificate(root)),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", SERVER_NAME), *narrow])  # fmt: skip
         self.stub = fleet_pb2_grpc.FleetServiceStub(self.channel)
-        self.credential = ""
+        self.credential, self.fingerprint = "", CONFIG.fingerprint
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -172,7 +172,7 @@ class FakeNode:
         response: pb.JoinResponse = self.stub.Join(
             pb.JoinRequest(protocol_version=PROTOCOL_VERSION, public_key=self.public_key, name=self.name),
             metadata=self.joining, wait_for_ready=True)  # fmt: skip
-        self.credential = response.credential
+        self.credential, self.fingerprint = response.credential, response.run.config_fingerprint
         return response
 
     def ask(self, *preferred: int) -> pb.LeaseResponse:
@@ -205,7 +205,7 @@ class FakeNode:
         manifest = json.dumps({
             "run_id": run_id, "partition": assignment.expert.partition, "sha256": sha256_of(shard),
             "lease_id": assignment.lease_id, "shared_sha256": assignment.expert.shared.sha256,
-            "config_fingerprint": CONFIG.fingerprint, "tokens_seen": 1000, **changed}).encode()  # fmt: skip
+            "config_fingerprint": self.fingerprint, "tokens_seen": 1000, **changed}).encode()  # fmt: skip
         request = pb.CommitRequest(lease_id=assignment.lease_id, sha256=sha256_of(shard), manifest=manifest,
                                    signature=self.key.sign(manifest))  # fmt: skip
         return self.stub.Commit(request, metadata=self.metadata).receipt

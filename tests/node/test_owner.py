@@ -136,10 +136,10 @@ def test_rules_hold_the_node_while_their_sign_is_there(home: Home, coordinator: 
 
 def test_outside_the_hours_nothing_is_leased(home: Home, coordinator: FakeCoordinator) -> None:
     opens = (datetime.now() + timedelta(hours=2)).hour
-    home.start(f"hours={opens}-{opens + 1}")
+    home.start(f"hours={opens}-{(opens + 1) % 24}")
     assert home.agent.stdout is not None
     printed = [next(home.agent.stdout) for _ in range(4)][-1]
-    assert printed == f"Paused: outside the hours {opens}-{opens + 1}; goes on at {opens:02d}:00.\n"
+    assert printed == f"Paused: outside the hours {opens}-{(opens + 1) % 24}; goes on at {opens:02d}:00.\n"
     assert json.loads(home.type("status", "--json").out)["hold"]["until"].endswith(f"T{opens:02d}:00:00")
     home.agent.send_signal(signal.SIGINT)
     assert home.ends()[0] == 130 and "Lease" not in coordinator.calls
