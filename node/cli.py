@@ -151,6 +151,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
                                 "much training may use.")  # fmt: skip
     # A service manager stops a node as its owner would: at the next checkpoint, with the lease given back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     console, name = Console(), preferences.name or socket.gethostname() or "node"
     guest = Guest(preferences.rules, senses or OperatingSystem())
     identity = Identity.open(data_dir)

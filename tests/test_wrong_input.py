@@ -237,7 +237,9 @@ class Fleet:
         spoil(self.shards[work.partition], shard)
         submission = Submission(lease_id=work.lease_id, partition=work.partition, sha256=hash_file(shard),
                                 size=shard.stat().st_size, shard=str(shard), manifest="")  # fmt: skip
-        manifest = asdict(submission) | {"run_id": joined.run.run_id, "tokens_seen": 8192}
+        manifest = asdict(submission) | {
+            "run_id": joined.run.run_id, "tokens_seen": 8192, "shared_sha256": work.shared.sha256,
+            "config_fingerprint": joined.run.config_fingerprint}  # fmt: skip
         cache.submit(Submission(**asdict(submission) | {"manifest": json.dumps(manifest)}))
         return f"forge-node join --ram 1G --threads 1 --nice 0 --once --data-dir {name}"
 
