@@ -306,12 +306,17 @@ class RunConfig(Section):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over everything that decides the result: all sections but `name`, `evaluation` and `fleet`."""
-        decisive = self.model_dump(mode="json", exclude={"name", "evaluation", "fleet"})
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint_of(tree: Mapping[str, Any]) -> str:
+    """`RunConfig.fingerprint` of a config as a tree, as the version that wrote it computed it."""
+    decisive = {key: value for key, value in tree.items() if key not in ("name", "evaluation", "fleet")}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def packaged_configs() -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
-import yaml
 
 from forge.config import Section
 from forge.errors import ConfigError
+from forge.plain_yaml import read_yaml
 from forge.train.memory import parse_size
 from node.rules import Hours, Rules
 from node.senses import LOWEST
@@ -100,15 +100,11 @@ def load_preferences(file: Path | None, data_dir: Path, given: Mapping[str, obje
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the config file {path}: it is missing or no text; check --config.",
                           detail=str(error)) from error  # fmt: skip
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or 'it cannot be parsed'}.",
-                          detail=str(error)) from error  # fmt: skip
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} must hold options of `forge-node join`, such as `hours: 22-7`, one a line.")
     return {str(key): value for key, value in (tree or {}).items()}

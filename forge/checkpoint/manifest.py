@@ -7,10 +7,10 @@ file, by its sha256, to the same four and to the lease that it was trained under
 from __future__ import annotations
 
 from collections.abc import Mapping
-import json
 from typing import Any, Final
 
 from forge.errors import ShardError
+from forge.strict_json import DuplicateKeyError, read_strict
 
 #: Bytes of a manifest; ours have some 500.
 MAX_MANIFEST_BYTES: Final = 1 << 16
@@ -25,17 +25,10 @@ def parse_manifest(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise ShardError(f"The manifest has {len(raw):,} bytes; at most {MAX_MANIFEST_BYTES:,} are accepted.")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            raise ShardError("The manifest names a key twice.")
-        return keys
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        said = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        said = read_strict(raw)
+    except DuplicateKeyError as error:
+        raise ShardError("The manifest names a key twice.") from error
     except (ValueError, RecursionError) as error:
         raise ShardError("The manifest is not JSON.", detail=str(error)) from error
     if not isinstance(said, dict):

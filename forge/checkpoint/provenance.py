@@ -8,8 +8,6 @@ the index that it speaks of: an expert in the model always has its line here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -87,12 +85,6 @@ class Lineage(Part):
     shared_ffn_tensors: Sha256
     """Of the shared FFN's tensors alone: what every placeholder holds."""
     shards: list[Origin]
-
-
-def config_fingerprint(tree: Mapping[str, Any]) -> str:
-    """The fingerprint of a config as a tree, as the version that wrote it computed it (`RunConfig.fingerprint`)."""
-    decisive = {key: value for key, value in tree.items() if key not in ("name", "evaluation", "fleet")}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def origin(path: Path, config: RunConfig, partition: int, manifest: bytes, *, signature: bytes | None = None,

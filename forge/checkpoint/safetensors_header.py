@@ -20,6 +20,7 @@ import numpy as np
 
 from forge.errors import ShardError, storage_errors
 from forge.files import atomic_file
+from forge.strict_json import DuplicateKeyError, read_strict
 from forge.vocabulary import CHUNK_BYTES
 
 #: Largest header that is read. A tensor takes about 130 bytes, so this is room for 8,000; the library allows 100 MB.
@@ -181,17 +182,10 @@ def _chunks(file: Any, remaining: int) -> Iterator[bytes]:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            raise ShardError(f"{path} names a tensor or a key twice in its header.")
-        return keys
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        tree = read_strict(raw)
+    except DuplicateKeyError as error:
+        raise ShardError(f"{path} names a tensor or a key twice in its header.") from error
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} has a header that is not JSON.", detail=str(error)) from error
     if not isinstance(tree, dict) or not raw.startswith(b"{"):

@@ -18,10 +18,10 @@ from typing import Any, Final
 from forge.checkpoint import hf
 from forge.checkpoint.assembly import calibration, is_placeholder, placed
 from forge.checkpoint.manifest import check_manifest
-from forge.checkpoint.provenance import COMPONENTS, FORMAT_VERSION, Lineage, Origin, config_fingerprint, read_lineage
+from forge.checkpoint.provenance import COMPONENTS, FORMAT_VERSION, Lineage, Origin, read_lineage
 from forge.checkpoint.safetensors_header import tensors_sha256
 from forge.checkpoint.shard import verify_shard
-from forge.config import RunConfig, parse_config
+from forge.config import RunConfig, fingerprint_of, parse_config
 from forge.errors import ConfigError, ForgeError, ProvenanceError, ShardError, StorageError
 from forge.files import RunDirectory, hash_file, read_json
 from forge.model import names
@@ -104,7 +104,7 @@ class _Verification:
     # --- what the run began with ------------------------------------------------------------------------------------
 
     def _config_is_the_fingerprints(self) -> Iterator[str]:
-        if config_fingerprint(self._lineage.config) != self._lineage.config_fingerprint:
+        if fingerprint_of(self._lineage.config) != self._lineage.config_fingerprint:
             yield f"The config in {PROVENANCE_FILE} is not the one of the config fingerprint beside it."
         if read_json(self._dir / hf.CONFIG_FILE) != hf.mixtral_config(self._config.model):
             yield f"{hf.CONFIG_FILE} does not describe the model of the run's config."

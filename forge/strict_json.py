@@ -1,0 +1,32 @@
+"""JSON from strangers, read such that every reader of the same bytes finds the same in them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class DuplicateKeyError(ValueError):
+    """An object names a key twice: readers differ in which value they take."""
+
+
+def read_strict(raw: bytes) -> Any:
+    """Read one JSON value.
+
+    Raises:
+        DuplicateKeyError: an object names a key twice.
+        ValueError: it is not UTF-8, not JSON, or holds a number that JSON lacks, such as NaN.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise DuplicateKeyError("a key is named twice")
+    return keys
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
