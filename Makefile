@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -31,6 +31,9 @@ bench: $(VENV)/.installed
 
 bench-quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data $(DATA) $(ARGS)
+
+bench-speed: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -33,10 +33,11 @@ _SAMPLE_SECONDS = 0.25
 _SOFT_SHARE = 0.97
 #: A progress event is written at most this often, in seconds.
 _PROGRESS_SECONDS = 0.5
-#: glibc gives blocks of this size back as soon as they are freed, instead of keeping a heap with holes: training an expert
-#: of the default size took 288 MB above its imports instead of 377, and its plan can be exact. Huge pages win back half
-#: of the time that this costs (docs/log.md). Other C libraries ignore it.
-_ALLOCATOR = f"glibc.malloc.mmap_threshold={1 << 18}:glibc.malloc.hugetlb=1"
+#: How glibc keeps memory; other C libraries ignore it. Most jobs give blocks of this size back as soon as they are freed,
+#: instead of keeping a heap with holes, so that their predictions can be exact. Training takes and frees the same blocks
+#: for every micro-batch, and the page faults would cost half of its speed: it keeps what it had (docs/log.md).
+_GIVE_BACK = f"glibc.malloc.mmap_threshold={1 << 18}:glibc.malloc.hugetlb=1"
+_KEEP = f"glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.hugetlb=1"
 
 Progress = Callable[..., None]
 
@@ -67,7 +68,8 @@ class Job:
         self.name = name
         self.peak_rss = 0
         self._arguments, self._ram_bytes = dict(arguments), ram_bytes
-        self._environment = {"GLIBC_TUNABLES": _ALLOCATOR, **os.environ, "PYTHONUNBUFFERED": "1"}
+        training = name == "train-expert" or arguments.get("stage") == "shared"
+        self._environment = {"GLIBC_TUNABLES": _KEEP if training else _GIVE_BACK, **os.environ, "PYTHONUNBUFFERED": "1"}
         if threads is not None:
             self._environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         self._log = log
