@@ -127,9 +127,17 @@ def run_evaluation(arguments: dict[str, Any], progress: Progress, should_stop: S
     return evaluate_run(RunDirectory(Path(arguments["run_dir"])), final=bool(arguments["final"]), progress=progress)
 
 
+def run_contributions(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `contributions`: measure what each expert of the assembled model contributes, and nothing else."""
+    from forge.evaluate.stage import contributions_of
+
+    return contributions_of(RunDirectory(Path(arguments["run_dir"])))
+
+
 #: Name of a job -> what the child process runs.
 JOBS: dict[str, Callable[[dict[str, Any], Progress, ShouldStop], dict[str, Any]]] = {
     "stage": run_stage, "train-expert": run_expert, "validate": run_validation, "evaluate": run_evaluation,
+    "contributions": run_contributions,
 }  # fmt: skip
 
 
