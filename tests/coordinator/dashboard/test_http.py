@@ -118,6 +118,25 @@ def test_everything_on_the_page_is_in_status_json(world: World, port: int) -> No
     assert answer["phase"]["stages"][0] == {"stage": "prepare", "done": True, "now": False}
 
 
+def test_who_contributed_most_comes_first_wherever_it_is_told(world: World, port: int) -> None:
+    with reading(port) as page:
+        for name, partition in (("laptop", 0), ("desktop", 2)):
+            node = world.node(name)
+            node.hand_in(node.lease(partition), make_shard(world.run, partition), world.run_id)
+            page.until(lambda sections, name=name: sections.get("contributors") and any(
+                node["name"] == name and node["nats"] is not None for node in sections["contributors"]))  # type: ignore[misc]
+    status = json.loads(CliRunner().invoke(main, ["status", "--json", "--run-dir", str(world.root)]).output)["snapshot"]
+    assert [(node["name"], node["nats"], node["experts"]) for node in status["contributors"]] == [
+        ("desktop", 0.5, [{"partition": 2, "nats": 0.5}]), ("laptop", 0.0, [{"partition": 0, "nats": 0.0}])]  # fmt: skip
+    plain = CliRunner().invoke(main, ["status", "--run-dir", str(world.root)]).output
+    assert ("contribution of desktop: +0.5000 nats a token, by expert 2 (+0.5000)\n"
+            "contribution of laptop: +0.0000 nats a token, by expert 0 (+0.0000)\n") in plain  # fmt: skip
+    families = {family.name: family.samples for family in text_string_to_metric_families(get(port, "/metrics")[1])}
+    assert [(s.labels["node"], s.value) for s in families["modularforge_node_contribution_nats"]] == [
+        ("desktop", 0.5), ("laptop", 0.0)]  # fmt: skip
+    assert {s.labels["expert"]: s.value for s in families["modularforge_expert_contribution_nats"]} == {"2": 0.5, "0": 0.0}
+
+
 def test_a_rejected_shard_shows_why_and_who_trains_it_now(world: World, port: int) -> None:
     node = world.node("laptop")
     world.jobs.verdicts.append({"accepted": False, "reasons": ["it is no better than nothing"]})
