@@ -135,7 +135,7 @@ def _measure(config: RunConfig, root: Path, ram: int, threads: int) -> Iterator[
     yield job("validate", "validate", run_dir=str(root), partition=0, shard=shard)[0]
     accept(run, 0, run.blobs.adopt(Path(shard)), {"node_name": "this machine", "loss": 0.0, "shared_loss": 0.0, "tokens": 0})
     yield job("evaluate", "evaluate", run_dir=str(root), final=True)[0]
-    yield _command(config, "generate", [str(run.model), "--max-tokens", "24", "--prompt", "import os\n" * 8])
+    yield _command(config, "generate", [str(run.model), "import os\n" * 8, "--max-tokens", "24"])
     yield _command(config, "assemble", [str(root)])
 
 
