@@ -33,6 +33,8 @@ _SAMPLE_SECONDS = 0.25
 _SOFT_SHARE = 0.97
 #: A progress event is written at most this often, in seconds.
 _PROGRESS_SECONDS = 0.5
+#: Unless it has one of these: the plan of a training phase, or a piece of a generated text.
+_NEVER_DROPPED = {"plan", "piece"}
 #: glibc gives blocks of this size back as soon as they are freed, instead of keeping a heap with holes: training an expert
 #: of the default size took 288 MB above its imports instead of 377, and its plan can be exact. Huge pages win back half
 #: of the time that this costs (docs/log.md). Other C libraries ignore it.
@@ -52,7 +54,7 @@ class Job:
     """Work in a child process, and in a next one with a smaller plan whenever one outgrows its memory.
 
     Args:
-        name: `stage`, `train-expert`, `validate` or `evaluate`.
+        name: one of `forge.pipeline.JOBS`.
         arguments: the job's arguments; JSON values only. `ram_bytes` among them is what training plans with.
         threads: threads that torch may use; None leaves torch's choice.
         log: file that the child's stderr is appended to; None inherits this process's.
@@ -287,7 +289,7 @@ def main() -> None:
     def progress(**fields: Any) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _PROGRESS_SECONDS or fields.get("step") == fields.get("steps") or "plan" in fields:
+        if now - last >= _PROGRESS_SECONDS or fields.get("step") == fields.get("steps") or _NEVER_DROPPED & fields.keys():
             last = now
             emit(_progress_event(**fields))
 
