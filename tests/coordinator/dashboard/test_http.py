@@ -197,9 +197,14 @@ def test_the_documentation_lists_every_series() -> None:
     assert rows == [(f"`{s.name}`", s.unit, s.labels, s.help) for s in metrics.SERIES]
 
 
-def test_the_page_may_do_nothing_but_read_its_own_events(port: int) -> None:
+def test_the_page_may_do_nothing_but_read_what_is_its_own(port: int) -> None:
     response, html = get(port)
-    assert response.status == 200
+    assert response.status == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
+    assert set(re.findall(r'(?:src|href)="(?!data:)([^"]*)"', html)) == {path[1:] for path in app.FILES} - {""}
+    for path in list(app.FILES)[1:]:
+        part, text = get(port, path)
+        assert part.status == 200 and part.headers["content-security-policy"] == response.headers["content-security-policy"]
+        html += text
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
     for header, value in (("x-content-type-options", "nosniff"), ("x-frame-options", "DENY"), ("connection", "close"),
@@ -232,8 +237,8 @@ def test_a_page_of_another_site_gets_no_events(port: int) -> None:
 
 
 def test_nothing_can_be_changed_from_the_page(port: int) -> None:
-    for path in ("/", "/events", "/healthz", "/metrics"):
-        for method in ("POST", "PUT", "DELETE", "PATCH"):
+    for path in (*app.FILES, "/events", "/healthz", "/metrics", "/prompt"):
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH"} - ({"POST"} if path == "/prompt" else {"GET"}):
             connection = HTTPConnection("127.0.0.1", port, timeout=10)
             connection.request(method, path, body=b"x" * 100_000)
             assert connection.getresponse().status == 405
