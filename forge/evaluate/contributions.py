@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forge.config import ModelConfig
 from forge.data.packing import batches
@@ -26,7 +26,7 @@ from forge.evaluate.perplexity import BATCH_TOKENS, Loss, equal_weight_mean, fin
 from forge.model import names
 from forge.model.layers import FeedForward
 from forge.model.lm import read_tensors
-from forge.model.moe import MixtureLM, Routing
+from forge.model.moe import MixtureLayer, MixtureLM, Routing
 
 
 def contributions(
@@ -56,7 +56,7 @@ def contributions(
             asked: set[int] = set()
 
             def watch(routing: list[Routing], kept_N: Tensor, asked: set[int] = asked) -> None:
-                asked.update(*(layer.experts_NK[kept_N].unique().tolist() for layer in routing))
+                asked.update(*(layer.experts_NK[kept_N].flatten().tolist() for layer in routing))
 
             loss = measure(model, batch, observe=watch)
             total += loss
@@ -77,7 +77,7 @@ def contributions(
 @contextmanager
 def replaced(model: MixtureLM, expert: int, ffn: Sequence[FeedForward]) -> Iterator[None]:
     """Put other layers in the place of an expert, one a layer, for the time of a `with`."""
-    places = [layer.block_sparse_moe.experts for layer in model.model.layers]
+    places = experts_of(model)
     held = [experts[expert] for experts in places]
     try:
         for experts, other in zip(places, ffn, strict=True):
@@ -86,6 +86,11 @@ def replaced(model: MixtureLM, expert: int, ffn: Sequence[FeedForward]) -> Itera
     finally:
         for experts, own in zip(places, held, strict=True):
             experts[expert] = own
+
+
+def experts_of(model: MixtureLM) -> list[nn.ModuleList]:
+    """The experts of every layer."""
+    return [layer.block_sparse_moe.experts for layer in model.model.layers if isinstance(layer, MixtureLayer)]
 
 
 def _load(path: Path, config: ModelConfig) -> list[FeedForward]:

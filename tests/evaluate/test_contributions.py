@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 import torch
 
 from forge.config import EvaluationConfig
+from forge.data.packing import batches as group
 from forge.data.tokens import TokenWriter
 from forge.errors import StorageError
 from forge.evaluate import contributions as module
-from forge.evaluate.contributions import contributions, replaced
+from forge.evaluate.contributions import contributions, experts_of, replaced
 from forge.evaluate.heldout import HeldOut
 from forge.evaluate.perplexity import equal_weight_mean, measure
 from forge.model import names
-from forge.model.layers import FeedForward
 from forge.model.moe import MixtureLM
 from tests.model.conftest import TINY, write_mixture
 
@@ -56,7 +56,7 @@ def test_a_batch_that_never_asks_an_expert_is_not_computed_again_and_nothing_cha
     monkeypatch.setattr(module, "measure", counted)
     everything = range(CONFIG.n_experts)
     rows = contributions(model, path, held_out, everything)
-    batches = sum(len(list(module.batches(held_out.windows(partition), 8))) for partition in range(3))
+    batches = sum(len(list(group(held_out.windows(partition), 8))) for partition in range(3))
     assert 2 * batches < passes < (1 + CONFIG.n_experts) * batches
     windows = [list(held_out.windows(partition)) for partition in range(3)]
     whole = equal_weight_mean([measure(model, w) for w in windows])
@@ -71,13 +71,12 @@ def test_a_batch_that_never_asks_an_expert_is_not_computed_again_and_nothing_cha
 
 def test_the_model_is_itself_again_also_after_an_error(parts: tuple[MixtureLM, Path, HeldOut]) -> None:
     model, path, held_out = parts
-    before = [layer.block_sparse_moe.experts[3] for layer in model.model.layers]
+    before = [experts[3] for experts in experts_of(model)]
     with pytest.raises(RuntimeError), replaced(model, 3, module._load(path, CONFIG)):
-        assert isinstance(model.model.layers[0].block_sparse_moe.experts[3], FeedForward)
-        assert model.model.layers[0].block_sparse_moe.experts[3] is not before[0]
+        assert not {experts[3] for experts in experts_of(model)} & set(before)
         raise RuntimeError
     contributions(model, path, held_out, [3])
-    assert [layer.block_sparse_moe.experts[3] for layer in model.model.layers] == before
+    assert [experts[3] for experts in experts_of(model)] == before
 
 
 def test_a_shared_ffn_of_another_model_is_refused(parts: tuple[MixtureLM, Path, HeldOut], tmp_path: Path) -> None:
