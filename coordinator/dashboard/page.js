@@ -241,10 +241,10 @@ function nodes() {
 function contributors() {
   const shown = state.contributors, most = Math.max(...shown.map(c => c.nats || 0), 1e-9), nats = value => known(value) ? `${value < 0 ? "" : "+"}${number(value, 4)}` : "-";
   if (!shown.length) return fill("contributors", none("Nobody yet: it is measured when a shard is in the model."));
-  fill("contributors", make("table", {}, make("thead", {}, make("tr", {}, ...["", "Node", "Contribution", "Its experts"].map(text => make("th", {scope: "col", text})))),
-    make("tbody", {}, ...shown.map((c, place) => make("tr", {}, td("Place", known(c.nats) ? `${place + 1}` : "-"), td("Node", c.name),
+  fill("contributors", make("table", {}, make("thead", {}, make("tr", {}, ...["Node", "Contribution", "Expert by expert"].map(text => make("th", {scope: "col", text})))),
+    make("tbody", {}, ...shown.map((c, index) => make("tr", {}, td("Node", `${known(c.nats) ? `${index + 1}. ` : ""}${c.name}`),
       td("Contribution", nats(c.nats), known(c.nats) && bar(c.nats / most)),
-      td("Its experts", ...c.experts.map(e => make("div", {text: `${e.partition}: ${nats(e.nats)}`}))))))));
+      td("Experts", ...c.experts.map(e => make("div", {text: `expert ${e.partition}: ${nats(e.nats)}`}))))))));
 }
 function topics() {
   fill("topics", ...(state.topics.length ? state.topics.map(t => make("div", {class: "topic"}, make("b", {text: `Partition ${t.partition}`}),

@@ -42,10 +42,12 @@ function hear(line, spoke) {
 }
 function legend(spoke) {
   const all = [...spoke.values()].reduce((sum, count) => sum + count, 0), topic = new Map((state.topics || []).map(t => [t.partition, t.words]));
+  const arrived = new Set((state.experts || []).filter(e => e.shows === "accepted").map(e => e.partition));
   fill("spoke", ...[...spoke].sort((a, b) => b[1] - a[1]).map(([expert, count]) => {
     const swatch = make("i"), words = (topic.get(expert) || []).slice(0, 4).join(", ");
     swatch.style.background = colour(expert);
-    return make("span", {"data-expert": expert}, swatch, `expert ${expert}${words ? ` (${words})` : ""}: ${number(100 * count / all)} %`);
+    return make("span", {"data-expert": expert}, swatch, `expert ${expert}${words ? ` (${words})` : ""}: ${number(100 * count / all)} %` +
+      (arrived.has(expert) ? "" : ", the shared FFN until it arrives"));
   }));
 }
 function speakable() {
