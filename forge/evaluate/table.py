@@ -51,6 +51,8 @@ def contribution_lines(contributions: Iterable[Mapping[str, Any]], names: Mappin
         names: expert -> the node that trained it.
     """
     rows = list(contributions)
+    if not rows:
+        return ["No expert has arrived yet."]
     lines = ["nats a token by which the loss rises without an expert (the shared FFN in its place)", ""]
     lines += [f"{f'expert {expert}':{NAME}}{_number(share.nats, 9, 4)}"
               for expert, share in shares({row["expert"]: row["expert"] for row in rows}, rows)]  # fmt: skip

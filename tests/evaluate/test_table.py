@@ -52,6 +52,7 @@ def test_who_contributed_most_comes_first_and_who_is_not_measured_last() -> None
     assert shares(owners, measured) == [("desktop", Share([1], 0.2)), ("laptop", Share([0, 2], 0.01 - 0.005)),
                                         ("new", Share([3], None))]  # fmt: skip
     assert shares(owners, None)[0] == ("laptop", Share([0, 2], None))
+    assert contribution_lines([], {}) == ["No expert has arrived yet."]
     lines = contribution_lines(measured, owners)
     assert [" ".join(line.split()) for line in lines[2:]] == [
         "expert 1 0.2000", "expert 0 0.0100", "expert 2 -0.0050", "expert 3 -", "",
