@@ -16,7 +16,7 @@ from tests.test_dashboard import CHROMIUM, PATIENCE
 #: File -> colours, width and height in CSS pixels.
 PICTURES = {"dashboard.png": ("light", 1100, 1120), "dashboard-phone.png": ("dark", 390, 1180)}
 #: Beginning of the text that the model is asked to go on with.
-TEXT = "import os\nimport sys\n\nclass "
+TEXT = '    def read(self, name):\n        """Return the'
 
 
 def main(url: str, directory: str) -> None:
