@@ -225,6 +225,12 @@ def _ask(fleet: Fleet, watched: Watched) -> None:
         assert expert in colours and topics[expert][0] in entry.inner_text()
     assert watched.page.locator("#answer").inner_text().startswith("The sail and the")
     assert _coordinator_memory(fleet) - before < 20 << 20
+    watched.page.locator("#go").click()
+    watched.page.locator("#go", has_text="Stop").click()
+    watched.sees("#asked", "Stopped.")
+    watched.page.locator("#go", has_text="Go on").click()  # Waits until the stopped one has ended.
+    watched.sees("#answer .said")
+    watched.sees("#asked", "token")
 
 
 def _coordinator_memory(fleet: Fleet) -> int:

@@ -29,8 +29,9 @@ MAX_CHARACTERS = 4000
 MAX_BODY_BYTES = 12 * MAX_CHARACTERS + 100
 #: Seconds that a body may take to come.
 BODY_SECONDS = 10.0
-#: Seconds for which a question waits for the one before it: an answer that nobody reads any more ends at its next word.
-WAIT_SECONDS = 5.0
+#: Seconds for which a question waits for the one before it: an answer that nobody reads any more ends at its next word, which
+#: may be its first, once the child has imported torch.
+WAIT_SECONDS = 10.0
 #: Seeds are below this, which every reader of JSON keeps exactly.
 SEEDS = 1 << 53
 
