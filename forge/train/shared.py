@@ -17,7 +17,7 @@ from forge.model import names
 from forge.model.lm import DenseLM
 from forge.train.loop import LoopSettings, Progress, train
 from forge.train.memory import plan, report
-from forge.train.precision import autocast_dtype, resolve_device
+from forge.train.precision import product_dtype, resolve_device
 from forge.vocabulary import END_OF_TEXT_ID
 
 
@@ -48,7 +48,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
         phase=config.train.shared, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=run.work / "shared", stage="shared",
         device=device,
-        checkpoint_seconds=config.train.checkpoint_seconds, autocast=autocast_dtype(device)), progress, should_stop)  # fmt: skip
+        checkpoint_seconds=config.train.checkpoint_seconds, dtype=product_dtype(device)), progress, should_stop)  # fmt: skip
     if not result.finished:
         return None
     facts: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, "maturity": maturity(config),
