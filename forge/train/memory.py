@@ -269,13 +269,14 @@ def _publish(config: RunConfig) -> dict[str, int]:
 
 def _validate(config: RunConfig) -> dict[str, int]:
     """The shard in the shared components, as when they are published; when these are gone, in the assembled model."""
-    mixture = _evaluate(config)
-    mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
-    return max(_publish(config), mixture, key=lambda parts: sum(parts.values()))
+    return max(_publish(config), _evaluate(config), key=lambda parts: sum(parts.values()))
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:
-    return _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
+    """The assembled model, and what takes the place of one of its experts: a shard, or the shared FFN."""
+    mixture = _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
+    mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
+    return mixture
 
 
 def _generate(config: RunConfig) -> dict[str, int]:
