@@ -13,6 +13,7 @@ import json
 import threading
 from typing import Any
 
+import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -65,7 +66,8 @@ class Prompts:
             if not any(expert["shows"] == "accepted" for expert in (await self._look())["experts"]):
                 raise Refusal(409, "No shard has been accepted yet: the model can be asked when the first one is.")
             try:
-                await asyncio.wait_for(self._one.acquire(), WAIT_SECONDS)
+                with anyio.fail_after(WAIT_SECONDS):
+                    await self._one.acquire()
             except TimeoutError:
                 raise Refusal(503, "The model answers somebody else: ask again in a moment.") from None
         except Refusal as refusal:
@@ -125,7 +127,7 @@ async def _question(request: Request) -> Json:
     """
     body = b""
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        with anyio.fail_after(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
