@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import hashlib
 from importlib import resources
 import logging
+import math
 import re
 import time
 from typing import Any
@@ -54,7 +55,7 @@ class Pages:
         self._take, self._clock = take, clock
         self._feed = Feed()
         self._looking = asyncio.Lock()
-        self._looked_at = -LOOK_SECONDS
+        self._look_again_at = -math.inf
         self._snapshot: Json | None = None
         self._clients = 0
         self._html = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
@@ -83,9 +84,12 @@ class Pages:
         return Response(metrics.exposition(await self._look()), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _look(self) -> Json:
-        """The newest snapshot, at most `LOOK_SECONDS` old; an older one while the database cannot be read."""
+        """The newest snapshot, at most `LOOK_SECONDS` old, or ten times what it took to take; an older one while the database
+        cannot be read.
+        """
         async with self._looking:
-            if self._snapshot is None or self._clock() - self._looked_at >= LOOK_SECONDS:
+            if self._snapshot is None or self._clock() >= self._look_again_at:
+                began = self._clock()
                 try:
                     self._snapshot = await asyncio.to_thread(self._take)
                     self._feed.update(self._snapshot)
@@ -93,7 +97,7 @@ class Pages:
                     if self._snapshot is None:
                         raise
                     _log.warning("the dashboard shows an older state: %s", error)
-                self._looked_at = self._clock()
+                self._look_again_at = self._clock() + max(LOOK_SECONDS, 9 * (self._clock() - began))
             return self._snapshot
 
     async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
