@@ -3,9 +3,10 @@
     python -m benchmarks.transfer
     python -m benchmarks.transfer --mb 4 --rounds 1 --uploads 4
 
-The coordinator is a process with everything that a node meets (TLS, the gate, SQLite, files, hashes); nothing is trained, so it is
-held in its first stage while its leases and its blobs, which are random, are there. The nodes use the node's own client. An
-upload is timed with the node's look at the shard's hash, a download until the file is whole, checked and synced.
+The coordinator is a process with all that a node meets (TLS, the gate, SQLite, files, hashes); nothing is trained, so it is
+held in its first stage while its leases and its blobs, which are random, are there. The nodes use the node's own client. Both
+ways are timed until the bytes lie in a file, checked against their hash and synced. A round's files are deleted after it, so
+that all rounds but the first, which is not counted, write into memory that the machine has already.
 
 The bare stream is gRPC's Python library and nothing else: messages of the same size made of one block of memory and thrown away
 by who gets them, over the same TLS, with the same options, in processes of their own. Both are taken in turns; medians are shown.
@@ -17,7 +18,7 @@ than 300 MB while all uploads run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 import os
@@ -39,7 +40,7 @@ from coordinator.addresses import bind
 from coordinator.authority import Authority
 from coordinator.serve import _SERVER_OPTIONS, Coordinator
 from forge.config import RunConfig, load_config, parse_config
-from forge.files import RunDirectory, hash_file
+from forge.files import BlobStore, RunDirectory, hash_file
 from forge.invitation import Invitation
 from forge.system import peak_resident_bytes_of, resident_bytes_of
 from forge.vocabulary import CHUNK_BYTES
@@ -87,7 +88,7 @@ def _measure(root: Path, size: int, rounds: int, uploads: int) -> tuple[list[str
         coordinator, address = end.enter_context(_child("coordinator", str(run.root)))
         _, bare_address = end.enter_context(_child("bare", str(run.root)))
         text, _ = invite.create_token(run.root, uses=uploads + 1, expires="1h", name="", addresses=[address])
-        rows, slow = _speeds(root, text, bare_address, Authority(run.root).ca_pem, size, rounds)
+        rows, slow = _speeds(root, run.blobs, text, bare_address, Authority(run.root).ca_pem, size, rounds)
         memory, large = _crowd(root, text, coordinator.pid, size, uploads)
     return [*rows, "", *memory], slow or large
 
@@ -95,27 +96,26 @@ def _measure(root: Path, size: int, rounds: int, uploads: int) -> tuple[list[str
 # --- the speed of one transfer --------------------------------------------------------------------------------------
 
 
-def _speeds(root: Path, invitation: str, bare_address: str, ca: bytes, size: int, rounds: int) -> tuple[list[str], bool]:
+def _speeds(root: Path, store: BlobStore, invitation: str, bare_address: str, ca: bytes, size: int,
+            rounds: int) -> tuple[list[str], bool]:  # fmt: skip
     channel = open_channel(bare_address, ca)
     client, assignment = _join(root / "node", invitation)
-    files = [_random(root / f"shard-{number}", size) for number in range(rounds)]
-    hashes = [hash_file(file) for file in files]
+    shard = _random(root / "shard", size)
+    sha256, target = hash_file(shard), root / "blob"
     taken: dict[str, list[float]] = {kind: [] for kind in ("bare up", "up", "bare down", "down")}
 
-    def upload(number: int) -> None:
-        assert hash_file(files[number]) == hashes[number]
-        client.upload(assignment.lease_id, hashes[number], files[number])
-
-    def download(number: int) -> None:
-        client.fetch_blob(assignment.shared.sha256, size, root / f"blob-{number}")
-
-    for number in range(rounds):
-        for kind, transfer in (("bare up", lambda _: _bare_up(channel, size)), ("up", upload),
-                               ("bare down", lambda _: _bare_down(channel, size)), ("down", download)):  # fmt: skip
+    kinds: dict[str, Callable[[], object]] = {
+        "bare up": lambda: _bare_up(channel, size), "up": lambda: client.upload(assignment.lease_id, sha256, shard),
+        "bare down": lambda: _bare_down(channel, size),
+        "down": lambda: client.fetch_blob(assignment.shared.sha256, size, target)}  # fmt: skip
+    for number in range(rounds + 1):
+        for kind, transfer in kinds.items():
             began = time.perf_counter()
-            transfer(number)
-            taken[kind].append(time.perf_counter() - began)
-        (root / f"blob-{number}").unlink()
+            transfer()
+            if number:  # Before the first round the machine may not have the memory yet that its cache of files takes.
+                taken[kind].append(time.perf_counter() - began)
+        for file in (store.path(sha256), target):
+            file.unlink()
     client.close()
     speed = {kind: size / MB / statistics.median(seconds) for kind, seconds in taken.items()}
     ratios = {kind: statistics.median(bare / ours for bare, ours in zip(taken[f"bare {kind}"], taken[kind], strict=True))
@@ -204,9 +204,9 @@ def _config(size: int, experts: int) -> RunConfig:
 def _publish(run: RunDirectory, size: int, partitions: int) -> None:
     """Publish random bytes as shared components and as text."""
     large, small = ({"sha256": run.blobs.adopt(_random(run.work / "blob", some)), "size": some} for some in (size, 1000))
+    parts = [{"partition": number, "tokens": 1000, "train": small} for number in range(partitions)]
     run.finish("publish", {"run_id": run.run_id, "config_fingerprint": run.config.fingerprint, "shared": large,
-                           "shared_ffn": small, "partitions": [
-                               {"partition": number, "tokens": 1000, "train": small} for number in range(partitions)]})  # fmt: skip
+                           "shared_ffn": small, "partitions": parts})  # fmt: skip
 
 
 def _random(path: Path, size: int) -> Path:
