@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(name: str, output: Path, *options: str) -> str:
-    """What a benchmark wrote. Its promises are about other sizes and idle machines, so only an end without a table is a failure."""
+    """What a benchmark wrote. Its promises are about other sizes and idle machines, so they may be missed here."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--output", str(output), *options], cwd=ROOT, capture_output=True,
         text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
