@@ -9,18 +9,21 @@ ways are timed until the bytes lie in a file, checked against their hash and syn
 that all rounds but the first, which is not counted, write into memory that the machine has already.
 
 The bare stream is gRPC's Python library and nothing else: messages of the same size made of one block of memory and thrown away
-by who gets them, over the same TLS, with the same options, in processes of their own. Both are taken in turns; medians are shown.
+by who gets them, over the same TLS, with the same options, in processes of their own. The kept stream is the same, but who
+gets it writes it into a file, hashes it (SHA-256) and syncs: the least that a transfer can do. All are taken in turns; medians
+are shown.
 
-Ends with exit status 1 when a transfer is slower than 70 % of the bare stream, or the coordinator's resident memory grows by more
+Ends with exit status 1 when a transfer is slower than 70 % of the kept stream, or the coordinator's resident memory grows by more
 than 300 MB while all uploads run.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+import hashlib
 import os
 from pathlib import Path
 import signal
@@ -54,7 +57,7 @@ from node.messages import Assignment, Blob
 MB = 1 << 20
 #: The share of the bare stream's speed, and the memory in MB, that are promised.
 SPEED, MEMORY_MB = 0.70, 300
-BARE = "/bare.Bytes/"
+BARE, KEPT = "/bare.Bytes/", "kept"
 #: Processes that the nodes of the second part are threads of.
 SENDERS = 2
 #: Seconds between two looks at the coordinator's memory.
@@ -101,41 +104,55 @@ def _speeds(root: Path, store: BlobStore, invitation: str, bare_address: str, ca
     channel = open_channel(bare_address, ca)
     client, assignment = _join(root / "node", invitation)
     shard = _random(root / "shard", size)
-    sha256, target = hash_file(shard), root / "blob"
-    taken: dict[str, list[float]] = {kind: [] for kind in ("bare up", "up", "bare down", "down")}
+    sha256, target, kept = hash_file(shard), root / "blob", root / "kept"
 
     kinds: dict[str, Callable[[], object]] = {
-        "bare up": lambda: _bare_up(channel, size), "up": lambda: client.upload(assignment.lease_id, sha256, shard),
-        "bare down": lambda: _bare_down(channel, size),
+        "bare up": lambda: _bare_up(channel, size, "Up"), "kept up": lambda: _bare_up(channel, size, "UpKept"),
+        "up": lambda: client.upload(assignment.lease_id, sha256, shard),
+        "bare down": lambda: _bare_down(channel, size), "kept down": lambda: _bare_down(channel, size, kept),
         "down": lambda: client.fetch_blob(assignment.shared.sha256, size, target)}  # fmt: skip
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind, transfer in kinds.items():
             began = time.perf_counter()
             transfer()
             if number:  # Before the first round the machine may not have the memory yet that its cache of files takes.
                 taken[kind].append(time.perf_counter() - began)
-        for file in (store.path(sha256), target):
+        for file in (store.path(sha256), target, kept, store.directory / KEPT):
             file.unlink()
     client.close()
     speed = {kind: size / MB / statistics.median(seconds) for kind, seconds in taken.items()}
-    ratios = {kind: statistics.median(bare / ours for bare, ours in zip(taken[f"bare {kind}"], taken[kind], strict=True))
-              for kind in ("up", "down")}  # fmt: skip
-    rows = [f"{size / MB:.0f} MB at a time in messages of {CHUNK_BYTES >> 10} KB, medians of {rounds}.", "",
-            "| | MB/s | bare gRPC stream | ratio |", "|" + "---|" * 4]  # fmt: skip
-    rows += [f"| {name} | {speed[kind]:.0f} | {speed[f'bare {kind}']:.0f} | {ratios[kind]:.2f} |"
+    ratios = {f"{stream} {kind}": statistics.median(
+        theirs / ours for theirs, ours in zip(taken[f"{stream} {kind}"], taken[kind], strict=True))
+        for kind in ("up", "down") for stream in ("bare", "kept")}  # fmt: skip
+    rows = [f"{size / MB:.0f} MB at a time in messages of {CHUNK_BYTES >> 10} KB, MB/s, medians of {rounds}.", "",
+            "| | ours | bare stream | ratio | kept stream | ratio |", "|" + "---|" * 6]  # fmt: skip
+    rows += [f"| {name} | {speed[kind]:.0f} | {speed[f'bare {kind}']:.0f} | {ratios[f'bare {kind}']:.2f} | "
+             f"{speed[f'kept {kind}']:.0f} | {ratios[f'kept {kind}']:.2f} |"
              for name, kind in (("upload", "up"), ("download", "down"))]  # fmt: skip
-    return rows, min(ratios.values()) < SPEED
+    return rows, min(ratios["kept up"], ratios["kept down"]) < SPEED
 
 
-def _bare_up(channel: grpc.Channel, size: int) -> None:
+def _bare_up(channel: grpc.Channel, size: int, method: str) -> None:
     block = os.urandom(CHUNK_BYTES)
-    call: Any = channel.stream_unary(BARE + "Up")
-    call(block for _ in range(0, size, CHUNK_BYTES))
+    call: Any = channel.stream_unary(BARE + method)
+    assert int(call(block for _ in range(0, size, CHUNK_BYTES))) == size
 
 
-def _bare_down(channel: grpc.Channel, size: int) -> None:
+def _bare_down(channel: grpc.Channel, size: int, target: Path | None = None) -> None:
     call: Any = channel.unary_stream(BARE + "Down")
-    assert sum(map(len, call(str(size).encode()))) == size
+    chunks = call(str(size).encode())
+    assert (sum(map(len, chunks)) if target is None else _keep(chunks, target)) == size
+
+
+def _keep(chunks: Iterable[bytes], target: Path) -> int:
+    digest = hashlib.sha256()
+    with open(target, "wb", buffering=0) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    return target.stat().st_size
 
 
 # --- many uploads at once -------------------------------------------------------------------------------------------
@@ -274,9 +291,13 @@ def _serve_bare(root: str) -> int:
         block = os.urandom(CHUNK_BYTES)
         return (block for _ in range(0, int(request), CHUNK_BYTES))
 
+    def up_kept(requests: Iterator[bytes], context: Any) -> bytes:
+        return str(_keep(requests, RunDirectory(Path(root)).blobs.directory / KEPT)).encode()
+
     server = grpc.server(ThreadPoolExecutor(4), options=_SERVER_OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Bytes", {
-        "Up": grpc.stream_unary_rpc_method_handler(up), "Down": grpc.unary_stream_rpc_method_handler(down)}),))  # fmt: skip
+        "Up": grpc.stream_unary_rpc_method_handler(up), "UpKept": grpc.stream_unary_rpc_method_handler(up_kept),
+        "Down": grpc.unary_stream_rpc_method_handler(down)}),))  # fmt: skip
     port = bind(server, "127.0.0.1", 0, Authority(Path(root), "127.0.0.1").credentials())
     server.start()
     print(f"127.0.0.1:{port}", flush=True)

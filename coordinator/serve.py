@@ -82,6 +82,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    *[(k, int(v)) for k, v in (kv.split("=") for kv in os.environ.get("GO", "").split(",") if kv)],
 ]
 
 
