@@ -16,7 +16,6 @@ from collections.abc import Callable
 import json
 import os
 from pathlib import Path
-import platform
 from statistics import median
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import machine
 from forge import pipeline
 from forge.config import RunConfig, load_config
 from forge.data.tokens import TokenWriter
@@ -83,18 +83,11 @@ def _heading(threads: int) -> str:
     torch.set_num_threads(threads)
     rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {multiplication_rate(dtype) / 1e9:.0f} GFLOP/s"
                       for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-    heading = (f"# Training speed\n\nPrinted by `python -m benchmarks.speed` on {time.strftime('%Y-%m-%d')}: {_processor()}, "
-               f"{threads} threads, torch {torch.__version__}; products of a training step's size: {rates}.\n")
+    heading = (f"# Training speed\n\nPrinted by `python -m benchmarks.speed` on {time.strftime('%Y-%m-%d')}: "
+               f"{machine.described()}; {threads} threads in use, torch {torch.__version__}; products of a training "
+               f"step's size: {rates}.\n")
     print(heading, flush=True)
     return heading
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _random_corpus(run: RunDirectory) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+import os
 from pathlib import Path
 import threading
 from typing import Any, Protocol
@@ -12,6 +14,8 @@ from forge.jobs import Job
 
 #: Seconds that shared training gets to write its last checkpoint when the coordinator is stopped.
 GRACE_SECONDS = 20.0
+#: Priority of the children for processors, as of nice(1): nodes wait for answers, and nobody waits for a verdict that long.
+NICE = 10
 
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -55,6 +59,9 @@ class JobRunner:
                 raise Stopped
             job = Job(name, arguments, log=self._log)
             self._running[job] = arguments.get("stage") == "shared"
+        if hasattr(os, "setpriority"):
+            with suppress(OSError):  # It is over already.
+                os.setpriority(os.PRIO_PROCESS, job.pid, NICE)
         try:
             for event in job.events():
                 on_progress(event)

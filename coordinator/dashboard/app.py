@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from importlib import resources
 import logging
+import math
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -62,7 +63,7 @@ class Pages:
         self._take, self._clock = take, clock
         self._feed = Feed()
         self._looking = asyncio.Lock()
-        self._looked_at = -LOOK_SECONDS
+        self._look_again_at = -math.inf
         self._snapshot: Json | None = None
         self._clients = 0
         #: Set when the coordinator is being stopped: the streams end, so that the server can.
@@ -89,9 +90,12 @@ class Pages:
         return Response(metrics.exposition(await self._look()), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _look(self) -> Json:
-        """The newest snapshot, at most `LOOK_SECONDS` old; an older one while the database cannot be read."""
+        """The newest snapshot, at most `LOOK_SECONDS` old, or ten times what it took to take; an older one while the database
+        cannot be read.
+        """
         async with self._looking:
-            if self._snapshot is None or self._clock() - self._looked_at >= LOOK_SECONDS:
+            if self._snapshot is None or self._clock() >= self._look_again_at:
+                began = self._clock()
                 try:
                     self._snapshot = await asyncio.to_thread(self._take)
                     self._feed.update(self._snapshot)
@@ -99,7 +103,7 @@ class Pages:
                     if self._snapshot is None:
                         raise
                     _log.warning("the dashboard shows an older state: %s", error)
-                self._looked_at = self._clock()
+                self._look_again_at = self._clock() + max(LOOK_SECONDS, 9 * (self._clock() - began))
             return self._snapshot
 
     async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:

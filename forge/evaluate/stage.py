@@ -13,6 +13,7 @@ from forge.evaluate.heldout import HeldOut, Measured
 from forge.evaluate.perplexity import Loss
 from forge.evaluate.plots import loss_curves, perplexity_plot, router_heat_map
 from forge.evaluate.report import evaluate_model
+from forge.evaluate.router_report import kept
 from forge.evaluate.validation import load_shared
 from forge.files import RunDirectory, read_json, write_json
 from forge.model.moe import MixtureLM
@@ -48,8 +49,9 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
                          shared_ffn=shared_ffn, progress=progress)  # fmt: skip
     row["calibration"] = calibration
     report["rows"] = [old for old in report["rows"] if old["arrived"] != experts] + [row]
-    write_json(run.reports / "evaluation.json", report)
     _draw(run, report["rows"])
+    row["router"] = kept(row["router"])
+    write_json(run.reports / "evaluation.json", report)
     return row
 
 
