@@ -60,8 +60,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="forge-billion-") as directory:
         lines = [f"# {config.model.total_parameters:,} parameters within {format_size(limit)}\n",
                  f"Printed by `python -m benchmarks.billion` on {time.strftime('%Y-%m-%d')}: {machine.described()}. "
-                 f"{options.steps} steps of {tokens // options.steps:,} tokens a training phase. {enforcement(limit)} Peaks are of the whole "
-                 "tree of processes, this one included.\n",
+                 f"{options.steps} steps of {tokens // options.steps:,} tokens a training phase. {enforcement(limit)} "
+                 "Peaks are of the whole tree of processes, this one included.\n",
                  "| | seconds | predicted | peak of the tree |", "|---|---|---|---|"]  # fmt: skip
         print("\n".join(lines), flush=True)
         highest = 0
