@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-fleet bench-transfer format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-fleet bench-transfer format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -31,6 +31,9 @@ bench: $(VENV)/.installed
 
 bench-quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data $(DATA) $(ARGS)
+
+bench-speed: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
 
 # A thousand nodes on one coordinator: a quarter of an hour. ARGS="--nodes 100 --seconds 60" is a shorter one.
 bench-fleet: $(VENV)/.installed

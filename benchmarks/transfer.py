@@ -74,7 +74,8 @@ def main() -> int:
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        return {"coordinator": _coordinate, "bare": _serve_bare, "send": _send}[options.child[0]](*options.child[1:])
+        children: dict[str, Callable[..., int]] = {"coordinator": _coordinate, "bare": _serve_bare, "send": _send}
+        return children[options.child[0]](*options.child[1:])
     with tempfile.TemporaryDirectory(prefix="forge-transfer-") as directory:
         rows, failed = _measure(Path(directory), options.mb * MB, options.rounds, options.uploads)
     print("\n".join(rows))
@@ -135,12 +136,12 @@ def _speeds(root: Path, store: BlobStore, invitation: str, bare_address: str, ca
 
 def _bare_up(channel: grpc.Channel, size: int, method: str) -> None:
     block = os.urandom(CHUNK_BYTES)
-    call: Any = channel.stream_unary(BARE + method)
+    call: Any = channel.stream_unary(BARE + method, None, None)
     assert int(call(block for _ in range(0, size, CHUNK_BYTES))) == size
 
 
 def _bare_down(channel: grpc.Channel, size: int, target: Path | None = None) -> None:
-    call: Any = channel.unary_stream(BARE + "Down")
+    call: Any = channel.unary_stream(BARE + "Down", None, None)
     chunks = call(str(size).encode())
     assert (sum(map(len, chunks)) if target is None else _keep(chunks, target)) == size
 

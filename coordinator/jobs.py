@@ -25,7 +25,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: it ends a thread
 
 
 class RunJob(Protocol):
-    """Run a job to its end.
+    """Run a job to its end; safe from any thread. Whatever `on_progress` raises ends the job and comes through.
 
     Raises:
         ForgeError: the job failed.
@@ -71,9 +71,13 @@ class JobRunner:
                 raise Stopped from error
             raise
         finally:
+            job.kill()  # It has ended, unless whoever listens raised: nobody wants the rest then.
+            for _ in job.events():
+                pass
             with self._lock:
                 del self._running[job]
-        self._on_end(name, arguments, {"peak_bytes": job.peak_rss, **result})
+        with self._lock:
+            self._on_end(name, arguments, {"peak_bytes": job.peak_rss, **result})
         if self._stopped and result.get("finished") is False:
             raise Stopped
         return result

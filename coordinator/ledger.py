@@ -117,7 +117,7 @@ def _record(shard: Shard, node: Node) -> ShardRecord:
 def _view(row: Any, shard: Any, lease: Any, names: dict[str, str]) -> PartitionRecord:
     claim = shard if shard is not None else lease
     node_id = "" if claim is None else str(claim.node_id)
-    state: PartitionState = row.state  # type: ignore[assignment]
+    state: PartitionState = row.state
     return PartitionRecord(
         id=row.id, state=state, tokens=row.tokens, shared_loss=row.shared_loss,
         loss=None if shard is None else shard.loss, decided_at=None if shard is None else shard.decided_at,

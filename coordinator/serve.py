@@ -184,7 +184,7 @@ class Coordinator:
             self.address = f"{host}:{bound}"
             self._offer(server)
             if page is not None:
-                page.start(self._desk.snapshots.take)
+                page.start(self._desk.snapshots.take, self._job, str(run.root))
                 undo.callback(page.stop)  # before the database that it reads is closed
             write_json(run.root / INFO_FILE, {
                 "address": self.address, "addresses": invitation_addresses(host, bound), "pid": os.getpid(),

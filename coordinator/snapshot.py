@@ -17,6 +17,7 @@ from coordinator.estimate import estimate
 from coordinator.records import TRAINING, NodeRecord, PartitionRecord
 from coordinator.state import State
 from forge.config import RunConfig
+from forge.evaluate.table import shares
 from forge.files import RunDirectory
 from forge.vocabulary import STAGES
 
@@ -45,7 +46,7 @@ class Snapshots:
         self._lock = threading.Lock()
         self._run_id = run.run_id
         self._stamp: tuple[int, float] | None = None
-        self._measured: Json = {"evaluations": [], "baseline": None, "router": None}
+        self._measured: Json = {"evaluations": [], "baseline": None, "router": None, "contributions": []}
         self._topics: list[Json] | None = None
         self._stages: dict[str, Json] = {}
 
@@ -73,6 +74,7 @@ class Snapshots:
             "estimate": {"seconds": finite(how_long.seconds), "until": how_long.until, "because": how_long.because},
             "quality": _quality(measured),
             "experts": [_expert(partition, config) for partition in partitions],
+            "contributors": _contributors(partitions, measured["contributions"]),
             "nodes": self._nodes(partitions),
             "evaluations": measured["evaluations"],
             "baseline": measured["baseline"],
@@ -93,7 +95,8 @@ class Snapshots:
                 return _point(experts, final, at, row)
 
             evaluations = self._state.read_evaluations(point)
-            self._measured = {"evaluations": evaluations, "baseline": _baseline(newest[1]), "router": _router(newest[1])}
+            self._measured = {"evaluations": evaluations, "baseline": _baseline(newest[1]), "router": _router(newest[1]),
+                              "contributions": newest[1].get("contributions") or []}  # fmt: skip
             self._stamp = stamp
         return self._measured
 
@@ -163,6 +166,16 @@ def _node(node: NodeRecord, work: PartitionRecord | None) -> Json:
         "partition": None if work is None else work.id, "seen_at": round(node.seen_at, 1),
         "accepted": node.accepted, "rejected": node.rejected, "revoked": node.revoked,
     }  # fmt: skip
+
+
+def _contributors(partitions: list[PartitionRecord], contributions: list[Json]) -> list[Json]:
+    """Who trained the accepted experts, the largest contribution first; as the newest evaluation measured it."""
+    measured = {row["expert"]: finite(row["nats"]) for row in contributions}
+    owners = {partition.id: (partition.node_id, partition.node_name)
+              for partition in partitions if partition.state == "accepted"}  # fmt: skip
+    return [{"node_id": node_id, "name": name, "nats": finite(share.nats),
+             "experts": [{"partition": expert, "nats": measured.get(expert)} for expert in share.experts]}
+            for (node_id, name), share in shares(owners, contributions)]  # fmt: skip
 
 
 def _point(experts: int, final: bool, at: float, row: Json) -> Json:

@@ -90,15 +90,15 @@ def _libraries() -> Iterator[Finding]:
 def _multiplication() -> Finding:
     """Which number format training will compute in, by the probe that training itself makes."""
     try:
-        from forge.train.precision import autocast_dtype, resolve_device
+        from forge.train.precision import product_dtype, resolve_device
 
         device = resolve_device("auto")
-        fast = autocast_dtype(device)
+        kind = str(product_dtype(device)).removeprefix("torch.")
     except (ImportError, OSError, RuntimeError) as error:
         return Finding(what="training", state="broken", found=f"torch does not work: {str(error).splitlines()[0]}",
                        mend="Install torch anew, for this kind of machine.")  # fmt: skip
-    kind = "bfloat16, which is faster here" if fast is not None else "float32; bfloat16 is not faster here"
-    return Finding(what="training", state="ok", found=f"on {device}, in {kind}")
+    why = "which is faster here" if kind == "bfloat16" else "bfloat16 is not faster here"
+    return Finding(what="training", state="ok", found=f"on {device}, in {kind}; {why}")
 
 
 def _memory(preferences: Preferences) -> Finding:

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.lab.phases import State
 from benchmarks.lab.setting import OUTSIDE, TEST, Setting
 from forge.evaluate.perplexity import Loss, measure
 from forge.model.attention import rotary_tables
-from forge.model.layers import gated_silu
 from forge.model.lm import DenseLayer, DenseLM, LanguageModel
 
 Gate = Callable[[int, Tensor], Tensor]
@@ -53,7 +53,7 @@ class GatedMixture(nn.Module):
             for number, (w1, w3, w2) in enumerate(self.experts[index]):
                 share = weights_BTE[..., number : number + 1]
                 if bool((share != 0).any()):
-                    x_BTD = x_BTD + share * (gated_silu(gate_BTD @ w1.T, gate_BTD @ w3.T) @ w2.T)
+                    x_BTD = x_BTD + share * ((F.silu(gate_BTD @ w1.T) * (gate_BTD @ w3.T)) @ w2.T)
         hidden_BTD: Tensor = self.base.model.norm(x_BTD)
         return hidden_BTD
 

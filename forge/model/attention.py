@@ -6,12 +6,15 @@ K key/value heads, H head_dim. `x_BTD` has shape (B, T, D).
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forge.config import ModelConfig
-from forge.model.layers import Linear
+from forge.model.layers import Linear, learning, softmax_in_place
+from forge.train.memory import ATTENTION_BLOCK
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -67,10 +70,83 @@ def rotary_tables(config: ModelConfig, start: int, stop: int, device: torch.devi
 
 
 def rotate(x_BNTH: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head's pairs by their position's angle."""
+    """Turn every head's pairs by their position's angle; the result is contiguous, whatever the strides of `x`."""
     cos_TH, sin_TH = (table.to(x_BNTH.dtype) for table in rotary)
-    first, second = x_BNTH.chunk(2, dim=-1)
-    return x_BNTH * cos_TH + torch.cat((-second, first), dim=-1) * sin_TH
+    if learning(x_BNTH):
+        return cast(Tensor, _Rotation.apply(x_BNTH, cos_TH, sin_TH))  # type: ignore[no-untyped-call]
+    return _rotated(x_BNTH, cos_TH, sin_TH)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TH, sin_TH)
+        return _rotated(x_BNTH, cos_TH, sin_TH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_TH, sin_TH = ctx.saved_tensors
+        return _rotated(grads[0], cos_TH, -sin_TH), None, None
+
+
+def _rotated(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    half = x_BNTH.shape[-1] // 2
+    out_BNTH = torch.empty(x_BNTH.shape, dtype=x_BNTH.dtype, device=x_BNTH.device)
+    torch.mul(x_BNTH, cos_TH, out=out_BNTH)
+    out_BNTH[..., :half].addcmul_(x_BNTH[..., half:], sin_TH[:, :half], value=-1)
+    out_BNTH[..., half:].addcmul_(x_BNTH[..., :half], sin_TH[:, half:])
+    return out_BNTH
+
+
+def causal_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v over each position and those before it, (B, N, T, H).
+
+    torch's fused kernel, but for bfloat16 on a CPU: that kernel's products are several times slower than batched ones
+    there (`docs/log.md`), so blocks of queries are multiplied with the keys up to their own last one.
+    """
+    if q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.bfloat16:
+        return cast(Tensor, _BlockAttention.apply(q_BNTH, k_BNTH, v_BNTH))  # type: ignore[no-untyped-call]
+    return F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=q_BNTH.shape[2] > 1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Keeps the probabilities, about B N T (T + C) / 2 of them, C the queries of a block. Z is B * N."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+        q_ZTH, k_ZTH, v_ZTH = (tensor.flatten(0, 1) for tensor in (q_BNTH, k_BNTH, v_BNTH))
+        scale = q_ZTH.shape[-1] ** -0.5
+        out_ZTH = torch.empty(q_ZTH.shape, dtype=q_ZTH.dtype)
+        probabilities = []
+        for start, stop in _blocks(q_ZTH.shape[1]):
+            scores_ZCS = torch.bmm(q_ZTH[:, start:stop], k_ZTH[:, :stop].transpose(1, 2)).mul_(scale)
+            above_CC = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            scores_ZCS[:, :, start:].masked_fill_(above_CC, -torch.inf)
+            softmax_ZCS = softmax_in_place(scores_ZCS)
+            out_ZTH[:, start:stop] = torch.bmm(softmax_ZCS, v_ZTH[:, :stop])
+            probabilities.append(softmax_ZCS)
+        ctx.save_for_backward(q_ZTH, k_ZTH, v_ZTH, *probabilities)
+        return out_ZTH.view(q_BNTH.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_ZTH, k_ZTH, v_ZTH, *probabilities = ctx.saved_tensors
+        grad_ZTH = grads[0].flatten(0, 1)
+        scale = q_ZTH.shape[-1] ** -0.5
+        grad_q_ZTH = torch.empty(q_ZTH.shape, dtype=q_ZTH.dtype)
+        grad_k_ZTH, grad_v_ZTH = (torch.zeros(q_ZTH.shape, dtype=q_ZTH.dtype) for _ in range(2))
+        for (start, stop), softmax_ZCS in zip(_blocks(q_ZTH.shape[1]), probabilities, strict=True):
+            grad_ZCH = grad_ZTH[:, start:stop]
+            grad_v_ZTH[:, :stop] += torch.bmm(softmax_ZCS.transpose(1, 2), grad_ZCH)
+            grad_ZCS = torch.bmm(grad_ZCH, v_ZTH[:, :stop].transpose(1, 2))
+            grad_ZCS = torch.ops.aten._softmax_backward_data(grad_ZCS, softmax_ZCS, -1, softmax_ZCS.dtype).mul_(scale)
+            grad_q_ZTH[:, start:stop] = torch.bmm(grad_ZCS, k_ZTH[:, :stop])
+            grad_k_ZTH[:, :stop] += torch.bmm(grad_ZCS.transpose(1, 2), q_ZTH[:, start:stop])
+        return tuple(grad.view(grads[0].shape) for grad in (grad_q_ZTH, grad_k_ZTH, grad_v_ZTH))  # type: ignore[return-value]
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 class Attention(nn.Module):
@@ -97,9 +173,11 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = cache.extend(layer, k_BKSH, v_BKSH)
             if seen and length > 1:  # one new token sees everything; the first tokens are plainly causal
                 mask_TS = torch.ones(length, seen + length, dtype=torch.bool, device=x_BTD.device).tril(seen)
-        causal = length > 1 and mask_TS is None
         k_BNSH, v_BNSH = self._per_query_head(k_BKSH), self._per_query_head(v_BKSH)
-        out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_TS, is_causal=causal)
+        if mask_TS is None:
+            out_BNTH = causal_attention(q_BNTH, k_BNSH, v_BNSH)
+        else:
+            out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_TS)
         y_BTD: Tensor = self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
         return y_BTD
 

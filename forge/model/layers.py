@@ -1,17 +1,25 @@
 """The layers that every model of ours is made of: bias-free linear maps, RMSNorm and the SwiGLU feed-forward network.
 
-Shape suffixes: B batch, T tokens, D d_model, F ffn_width, `x_BTD` has shape (B, T, D); `...D` stands for any leading
-shape. Weights are made uninitialised (nothing is computed for them on any device, "meta" included): whoever makes a
-model either loads them or calls `DenseLM.initialise`.
+Shape suffixes: B batch, T tokens, N positions, D d_model, F ffn_width, O and I outputs and inputs of a matrix, `x_BTD` has
+shape (B, T, D); `...D` stands for any leading shape. Weights are made uninitialised (nothing is computed for them on any
+device, "meta" included): whoever makes a model either loads them or calls `DenseLM.initialise`.
+
+Training computes its products in the type of their input, which the norms decide (`DenseLM.compute_in`); weights that
+learn stay float32 beside a working copy in that type. The backward passes are written out: a weight's gradient is
+added to `weight.grad` where it arises and never exists twice, a frozen weight's never exists, and what is cheap to compute
+again is not kept. So they must be reached by `backward()`, not by `torch.autograd.grad` with respect to a weight.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+#: Rows of a weight whose gradient is computed at a time when it must be widened to be added.
+_GRADIENT_ROWS = 2048
 
 
 class Linear(nn.Module):
@@ -22,24 +30,69 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out), in the type of `x` (or of autocast) whatever the weight is kept in."""
-        weight: Tensor = self.weight
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(x.dtype)
+        """Map (..., d_in) to (..., d_out), in the type of `x` whatever the weight is kept in."""
+        weight = working_copy(self.weight, x.dtype)
+        if not learning(x, self.weight):
+            return F.linear(x, weight)
+        return cast(Tensor, _Linear.apply(x, self.weight, weight))  # type: ignore[no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, parameter, weight)
         return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        x, parameter, weight = ctx.saved_tensors
+        if x is not None:
+            add_gradient(parameter, grads[0].flatten(0, -2), x.flatten(0, -2))
+        return grads[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+    Attributes:
+        dtype: type of the result, and so of the products that follow; None keeps the type of the input.
+    """
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
         self.eps = eps
+        self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., D) to the same shape."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if not learning(x, self.weight):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(self.dtype or x.dtype)
+        return cast(Tensor, _Normalise.apply(x, self.weight, self.eps, self.dtype or x.dtype))  # type: ignore[no-untyped-call]
+
+
+class _Normalise(torch.autograd.Function):
+    """Keeps the input, which the residual stream holds anyway, and one number a position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        y: Tensor = (x * scale).mul_(weight).to(dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        grad = grads[0].to(x.dtype)
+        grad_weight = (grad * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None
+        grad = grad * weight
+        # d normal / d x = scale (1 - normal normal^T / D)
+        along = torch.linalg.vecdot(grad, normal).div_(x.shape[-1]).unsqueeze(-1)
+        return grad.addcmul_(normal, along, value=-1).mul_(scale), grad_weight, None, None
 
 
 class FeedForward(nn.Module):
@@ -53,28 +106,111 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        y: Tensor = self.w2(gated_silu(self.w1(x), self.w3(x)))
-        return y
+        parameters = self.w1.weight, self.w2.weight, self.w3.weight
+        if not learning(x, *parameters):
+            y: Tensor = self.w2(F.silu(self.w1(x)).mul_(self.w3(x)))
+            return y
+        copies = (working_copy(parameter, x.dtype) for parameter in parameters)
+        return cast(Tensor, _FeedForward.apply(x, *parameters, *copies))  # type: ignore[no-untyped-call]
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, keeping one tensor less for the backward pass than autograd would (3 F a token instead of 4)."""
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        product: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
-        return product
-    return F.silu(gate).mul_(up)
-
-
-class _GatedSilu(torch.autograd.Function):
-    """Recomputes silu(gate) in the backward pass instead of keeping it."""
+class _FeedForward(torch.autograd.Function):
+    """Keeps w1 x and w3 x, 2 F a position; silu and the product are computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, x: Tensor, p1: Tensor, p2: Tensor, p3: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        gate, up = F.linear(x, w1), F.linear(x, w3)
+        ctx.save_for_backward(x, gate, up, p1, p2, p3, w1, w2, w3)
+        return F.linear(F.silu(gate).mul_(up), w2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        (grad,) = grads
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, p1, p2, p3, w1, w2, w3 = ctx.saved_tensors
+        x_ND, gate_NF, up_NF, grad_ND = (tensor.flatten(0, -2) for tensor in (x, gate, up, grads[0]))
+        silu_NF = F.silu(gate_NF)
+        if p2.requires_grad:
+            add_gradient(p2, grad_ND, silu_NF * up_NF)
+        grad_NF = grad_ND @ w2
+        grad_up_NF = silu_NF.mul_(grad_NF)
+        grad_gate_NF = torch.ops.aten.silu_backward(grad_NF.mul_(up_NF), gate_NF)
+        if p1.requires_grad:
+            add_gradient(p1, grad_gate_NF, x_ND)
+        if p3.requires_grad:
+            add_gradient(p3, grad_up_NF, x_ND)
+        grad_x = (grad_gate_NF @ w1).addmm_(grad_up_NF, w3).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None, None, None
+
+
+class Embedding(nn.Module):
+    """A (V, D) table of token vectors, uninitialised."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up (...) token ids as (..., D) vectors, float32 whatever the table is: so is the residual stream."""
+        if not learning(self.weight):
+            return F.embedding(tokens, self.weight).float()
+        return cast(Tensor, _Embedding.apply(self.weight, tokens))  # type: ignore[no-untyped-call]
+
+
+class _Embedding(torch.autograd.Function):
+    """Adds to the rows of the tokens that were seen, where autograd would make a gradient of the whole table first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, tokens)
+        return F.embedding(tokens, weight).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        weight, tokens = ctx.saved_tensors
+        gradient_of(weight).index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).to(weight.dtype))
+        return None, None
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether a gradient goes through any of the tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the type of a product, without its history.
+
+    While gradients are on, the copy is kept with the weight until the weight changes, so that a step casts it once and not
+    once a micro-batch. Without gradients it goes with the product: a model may be larger than the memory for copies of it.
+    """
+    if weight.dtype == dtype:
+        return weight.detach()
+    if not torch.is_grad_enabled():
+        return weight.to(dtype)
+    kept = getattr(weight, "working_copy", None)
+    if kept is None or kept[0].dtype != dtype or kept[1] != weight._version:
+        copy = torch.empty_like(weight, dtype=dtype) if kept is None or kept[0].dtype != dtype else kept[0]
+        kept = (copy.copy_(weight.detach()), weight._version)
+        weight.working_copy = kept  # type: ignore[attr-defined]
+    return cast(Tensor, kept[0])
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """The gradient of a weight, which is zero before anything was added to it."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+@torch.no_grad()
+def add_gradient(weight: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
+    """Add grad^T x to the gradient of a weight (O, I), in the weight's type."""
+    gradient = gradient_of(weight)
+    if grad_NO.dtype == gradient.dtype:
+        gradient.addmm_(grad_NO.T, x_NI)
+        return
+    for rows in range(0, len(gradient), _GRADIENT_ROWS):  # In pieces that stay in the cache until they are added.
+        gradient[rows : rows + _GRADIENT_ROWS].add_(grad_NO[:, rows : rows + _GRADIENT_ROWS].T @ x_NI)
+
+
+def softmax_in_place(x: Tensor) -> Tensor:
+    """Softmax over the last dimension into the place of its input; float32 inside, whatever the type."""
+    return cast(Tensor, torch.ops.aten._softmax.out(x, -1, False, out=x))

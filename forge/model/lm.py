@@ -14,13 +14,12 @@ from typing import Protocol, cast
 from safetensors import SafetensorError, safe_open
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from forge.config import ModelConfig
 from forge.errors import StorageError
 from forge.model import names
 from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
-from forge.model.layers import FeedForward, Linear, RMSNorm
+from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.recompute import recomputed
 
 #: Standard deviation of initial weights (GPT-2's; residual projections get it divided by sqrt(2 n_layers)).
@@ -38,18 +37,6 @@ class LanguageModel(Protocol):
     @property
     def head_weight(self) -> Tensor:
         """The LM head."""
-
-
-class Embedding(nn.Module):
-    """A (V, D) table of token vectors, uninitialised."""
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up (...) token ids as (..., D) vectors, float32 whatever the table is: so is the residual stream."""
-        return F.embedding(tokens, self.weight).float()
 
 
 class DenseLayer(nn.Module):
@@ -97,6 +84,12 @@ class DenseLM(nn.Module):
         self.recompute = False
         self.model = Decoder(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let matrix products be computed in `dtype`; the residual stream and the norms stay float32."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.dtype = dtype
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:

@@ -18,8 +18,8 @@ from forge.config import ModelConfig
 from forge.errors import ConfigError, StorageError
 from forge.model import names
 from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
-from forge.model.layers import FeedForward, Linear, RMSNorm
-from forge.model.lm import Embedding, read_tensors
+from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
+from forge.model.lm import read_tensors
 from forge.vocabulary import INDEX_FILE, SINGLE_FILE
 
 #: Keys of config.json that would change the computation, with the only value that is computed here.

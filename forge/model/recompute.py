@@ -34,9 +34,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, rotary: Rotary, x_BTD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        device = x_BTD.device.type
         ctx.layer, ctx.rotary, ctx.inputs = layer, rotary, 3 + len(parameters)
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x_BTD)
         y_BTD, gate_input_BTD = layer(x_BTD, rotary)
         ctx.mark_non_differentiable(gate_input_BTD)
@@ -46,7 +44,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (saved_BTD,) = ctx.saved_tensors
         x_BTD = saved_BTD.detach().requires_grad_(ctx.needs_input_grad[2])
-        with torch.enable_grad(), torch.autocast(ctx.autocast[0], ctx.autocast[1], enabled=ctx.autocast[2]):
+        with torch.enable_grad():
             y_BTD, _ = ctx.layer(x_BTD, ctx.rotary)
             # A scalar whose gradient in y is grads[0]; to hand grads[0] over would import sympy.
             product = (y_BTD * grads[0]).sum()

@@ -49,8 +49,8 @@ class LoopSettings:
     """Name for progress reports."""
     device: str = "cpu"
     """Torch device."""
-    autocast: torch.dtype | None = None
-    """Type of the matrix products; None computes in float32."""
+    dtype: torch.dtype = torch.float32
+    """Type of the matrix products."""
     loss_rows: int = CHUNK_POSITIONS
     """Rows of logits that exist at a time; decides memory, not the result."""
 
@@ -99,13 +99,14 @@ def train(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings, prog
     with storage_errors(settings.directory):
         settings.directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(parameters, settings.phase, settings.autocast or torch.float32)
+    optimizer = Optimizer(parameters, settings.phase, settings.dtype)
     facts = load_checkpoint(settings.checkpoint, parameters, optimizer)
     step = 0 if facts is None else int(facts["step"])
     losses = _keep_metrics(settings.metrics, step)
     tokens_per_step = settings.batch_size * settings.sequence_length
     saved_at, started, first = time.monotonic(), time.monotonic(), step
     model.train()
+    model.compute_in(settings.dtype)
     with storage_errors(settings.metrics), open(settings.metrics, "a", encoding="utf-8") as metrics:
         while step < settings.steps and not should_stop():
             loss, norm = _accumulate(model, sampler, settings, step, optimizer)
@@ -140,13 +141,11 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
     for start in range(0, settings.batch_size, settings.micro_batch):
         tokens = batch[start : start + settings.micro_batch].to(settings.device)
         inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-        with torch.autocast(settings.device.split(":")[0], settings.autocast, enabled=settings.autocast is not None):
-            hidden_BTD = model(inputs_BT)
-            loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(),
-                                         chunk_positions=settings.loss_rows)  # fmt: skip
-        share = tokens.shape[0] / settings.batch_size
-        torch.autograd.backward(loss * share)
-        total += loss.detach() * share
+        hidden_BTD = model(inputs_BT)
+        loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(),
+                                     chunk_positions=settings.loss_rows, weight=len(tokens) / settings.batch_size)  # fmt: skip
+        torch.autograd.backward(loss)
+        total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), settings.phase.gradient_clip, foreach=False)
     return float(total), float(norm)
 

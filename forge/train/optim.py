@@ -30,7 +30,7 @@ class Optimizer:
         self._state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
 
     def step(self, learning_rate: float) -> None:
-        """Update every parameter at `learning_rate` and drop the gradients."""
+        """Update every parameter at `learning_rate` and zero the gradients, whose memory is used again."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -39,7 +39,7 @@ class Optimizer:
                 muon_update(parameter, parameter.grad, self._state[name], learning_rate, decay, self._dtype)
             else:
                 adamw_update(parameter, parameter.grad, self._state[name], learning_rate, decay)
-            parameter.grad = None
+            parameter.grad.zero_()
 
     def _is_hidden(self, name: str) -> bool:
         matrix = self.parameters[name].ndim == 2

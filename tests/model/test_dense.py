@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from forge.errors import StorageError
 from forge.model import names
-from forge.model.attention import KeyValueCache
-from forge.model.layers import FeedForward, gated_silu
+from forge.model.attention import KeyValueCache, causal_attention
+from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.lm import DenseLM, load_dense
 from forge.model.moe import MixtureLM
 from forge.vocabulary import SHARED_FILE, expert_file
@@ -84,14 +84,57 @@ def test_only_the_ffn_of_a_loaded_model_learns_and_its_file_stays(mixture: Calla
     assert [path.read_bytes() for path in paths] == before
 
 
-def test_gated_silu_has_the_gradient_of_autograd() -> None:
-    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(gated_silu, (gate, up))
-    ffn = FeedForward(8, 16).double()
-    for parameter in ffn.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(3, 8, dtype=torch.float64)
-    torch.testing.assert_close(ffn(x), (F.silu(x @ ffn.w1.weight.T) * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T)
+def _written_out(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer as autograd would differentiate it."""
+    if isinstance(layer, FeedForward):
+        return (F.silu(x @ layer.w1.weight.T) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
+    if isinstance(layer, RMSNorm):
+        return F.rms_norm(x, (x.shape[-1],), layer.weight, layer.eps)
+    if isinstance(layer, Embedding):
+        return F.embedding(x, layer.weight)
+    assert isinstance(layer, Linear)
+    return x @ layer.weight.T
+
+
+@pytest.mark.parametrize("layer", [Linear(8, 6), RMSNorm(8, 1e-5), FeedForward(8, 16), Embedding(9, 5)],
+                         ids=lambda layer: type(layer).__name__)  # fmt: skip
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_written_out_are_those_of_autograd(layer: torch.nn.Module, frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.double().parameters():
+        torch.nn.init.normal_(parameter, generator=generator).requires_grad_(not frozen)
+    tokens = isinstance(layer, Embedding)
+    if tokens and frozen:
+        return
+    results = []
+    for function in (layer, lambda x: _written_out(layer, x)):
+        x = torch.tensor([[1, 3, 1]]) if tokens else torch.randn(2, 3, 8, dtype=torch.float64, generator=generator.manual_seed(1))
+        if not tokens:
+            x.requires_grad_()
+        layer.zero_grad()
+        y = function(x)
+        for _ in range(2):  # The second backward pass adds to the gradients of the first.
+            (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum().backward(retain_graph=True)
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for ours, reference in zip(*results, strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, reference, check_dtype=False)
+
+
+def test_attention_in_blocks_is_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 300, 16)  # Two whole blocks and a part of one.
+    results = []
+    for attend, dtype in ((causal_attention, torch.bfloat16), (causal_attention, torch.float32)):
+        q, k, v = (torch.randn(shape, generator=generator.manual_seed(seed)).to(dtype).requires_grad_() for seed in range(3))
+        y = attend(q, k, v)
+        torch.autograd.backward((y.float() * torch.randn(shape, generator=generator.manual_seed(3))).sum())
+        results.append([y, q.grad, k.grad, v.grad])
+    for half, whole in zip(*results, strict=True):
+        assert half is not None and whole is not None
+        error = (half.float() - whole).norm() / whole.norm()
+        assert error < 0.01
 
 
 def test_recomputation_changes_memory_and_not_gradients() -> None:
@@ -123,12 +166,14 @@ def test_a_cache_gives_what_the_whole_text_gives() -> None:
             model(TOKENS[:, :1], cache=cache)
 
 
-def test_bfloat16_autocast_stays_close() -> None:
+def test_bfloat16_products_stay_close() -> None:
     model = fresh()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        half = model(TOKENS)
     with torch.inference_mode():
-        assert (half.float() - model(TOKENS)).abs().max() < 0.1
+        whole = model(TOKENS)
+        model.compute_in(torch.bfloat16)
+        half = model(TOKENS)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - whole).abs().max() < 0.1
 
 
 def test_a_bad_file_is_one_sentence(mixture: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,14 +24,41 @@ def test_loss_and_both_gradients_equal_the_full_logits(positions: int) -> None:
     targets[0] = 3
     gradients = []
     functions: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
-        lambda h, w: F.cross_entropy(h @ w.T, targets), lambda h, w: chunked_cross_entropy(h, w, targets)]  # fmt: skip
+        lambda h, w: 3 * F.cross_entropy(h @ w.T, targets),
+        lambda h, w: chunked_cross_entropy(h, w, targets, weight=3.0)]  # fmt: skip
     for function in functions:
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         loss = function(h, w)
-        torch.autograd.backward(3 * loss)
+        torch.autograd.backward(loss)
         gradients.append((loss.detach(), h.grad, w.grad))
     for ours, reference in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
+
+
+def test_a_multiple_of_the_loss_of_a_learning_head_cannot_be_differentiated() -> None:
+    hidden, head, targets = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _case(9))
+    with pytest.raises(RuntimeError, match="weight"):
+        torch.autograd.backward(3 * chunked_cross_entropy(hidden, head.requires_grad_(), targets))
+
+
+def test_an_impossible_target_costs_a_finite_loss() -> None:
+    loss = chunked_cross_entropy(torch.full((1, 1), 1e4), torch.tensor([[1.0], [-1.0]]), torch.ones(1, dtype=torch.long))
+    assert 80 < loss.item() < 90
+
+
+def test_bfloat16_products_give_nearly_the_same_loss_and_gradients() -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, head, targets = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _case(600))
+        hidden = hidden.to(dtype).requires_grad_()
+        loss = chunked_cross_entropy(hidden, head.requires_grad_(), targets)
+        torch.autograd.backward(loss)
+        results.append((loss.detach(), hidden.grad, head.grad))
+    (whole, *wholes), (half, *halves) = results
+    assert abs(whole - half) < 2e-3
+    for ours, reference in zip(halves, wholes, strict=True):
+        assert ours is not None and reference is not None
+        assert (ours.float() - reference).norm() / reference.norm() < 0.02
 
 
 def test_equals_the_librarys_fused_function() -> None:
