@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import machine
+from benchmarks.common import machine
 from forge import pipeline
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.safetensors_header import header_bytes, read_header
@@ -59,7 +59,7 @@ def main() -> int:
     limit = parse_size(options.ram)
     with tempfile.TemporaryDirectory(prefix="forge-billion-") as directory:
         lines = [f"# {config.model.total_parameters:,} parameters within {format_size(limit)}\n",
-                 f"Printed by `python -m benchmarks.billion` on {time.strftime('%Y-%m-%d')}: {machine.described()}. "
+                 f"Printed by `python -m benchmarks.billion` on {time.strftime('%Y-%m-%d')}: {machine()}. "
                  f"{options.steps} steps of {tokens // options.steps:,} tokens a training phase. {enforcement(limit)} "
                  "Peaks are of the whole tree of processes, this one included.\n",
                  "| | seconds | predicted | peak of the tree |", "|---|---|---|---|"]  # fmt: skip

@@ -35,7 +35,7 @@ import time
 from typing import IO, Any
 import urllib.request
 
-from benchmarks.machine import described
+from benchmarks.common import heading
 from forge.config import DataConfig, parse_config
 from forge.data.sources import documents
 from forge.files import read_json
@@ -91,7 +91,7 @@ def main() -> int:
         rows, failed = _measure(root.absolute(), options)
     print("\n".join(rows))
     if options.output is not None:
-        head = f"# A fleet\n\nPrinted by `python -m benchmarks.fleet` on {described()}.\n\n"
+        head = heading("A fleet", "fleet") + "\n"
         options.output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     return int(failed)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine
+from benchmarks.common import machine
 from forge import pipeline
 from forge.config import RunConfig, load_config
 from forge.data.tokens import TokenWriter
@@ -84,7 +84,7 @@ def _heading(threads: int) -> str:
     rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {multiplication_rate(dtype) / 1e9:.0f} GFLOP/s"
                       for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
     heading = (f"# Training speed\n\nPrinted by `python -m benchmarks.speed` on {time.strftime('%Y-%m-%d')}: "
-               f"{machine.described()}; {threads} threads in use, torch {torch.__version__}; products of a training "
+               f"{machine()}; {threads} threads in use, torch {torch.__version__}; products of a training "
                f"step's size: {rates}.\n")
     print(heading, flush=True)
     return heading

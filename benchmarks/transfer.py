@@ -37,7 +37,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks.machine import described
+from benchmarks.common import heading
 from coordinator import invite
 from coordinator.addresses import bind
 from coordinator.authority import Authority
@@ -80,7 +80,7 @@ def main() -> int:
         rows, failed = _measure(Path(directory), options.mb * MB, options.rounds, options.uploads)
     print("\n".join(rows))
     if options.output is not None:
-        head = f"# Transfers\n\nPrinted by `python -m benchmarks.transfer` on {described()}.\n\n"
+        head = heading("Transfers", "transfer") + "\n"
         options.output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     return int(failed)
 

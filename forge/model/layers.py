@@ -23,7 +23,7 @@ _GRADIENT_ROWS = 2048
 #: Matrices of at least this many float32 values go through oneDNN in inference. On an AMD EPYC with AVX-512, torch's own
 #: choice, MKL, was slower by 1.5 to 2.3 times from 512 x 1408 on whatever the number of rows; on small ones it was faster.
 ONEDNN_WEIGHTS = 1 << 18
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # type: ignore[no-untyped-call]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

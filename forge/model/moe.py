@@ -98,7 +98,7 @@ class SparseMoe(nn.Module):
         counts = torch.bincount(expert_of_A, minlength=len(self.experts)).tolist()
         weights_A1 = routed.weights_NK.flatten()[order_A, None]
         for expert, rows, weights_M1 in zip(
-            self.experts, (order_A // self.top_k).split(counts), weights_A1.split(counts), strict=True
+            self.experts, torch.split(order_A // self.top_k, counts), torch.split(weights_A1, counts), strict=True
         ):
             if len(rows):
                 y_ND.index_add_(0, rows, (expert(x_ND[rows]) * weights_M1).to(y_ND.dtype))
