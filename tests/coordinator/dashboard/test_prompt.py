@@ -18,7 +18,7 @@ from coordinator.jobs import JobRunner
 from forge.errors import StorageError
 from tests.coordinator.conftest import World
 from tests.coordinator.dashboard.test_http import LOCAL, get, page_port
-from tests.coordinator.fakes import make_shard, until
+from tests.coordinator.fakes import make_shard
 
 QUESTION = json.dumps({"prompt": "The", "seed": 3})
 
@@ -93,8 +93,11 @@ def test_an_answer_that_nobody_reads_ends_at_its_next_word_and_makes_room(world:
     world.jobs.pieces, port = endless(), page_port(world)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
         line.sendall(f"POST /prompt HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(QUESTION)}\r\n\r\n{QUESTION}".encode())
-        assert b"200 OK" in line.recv(4096)
-    until(lambda: said > 0)
+        answer = line.makefile("rb")
+        assert b"200 OK" in answer.readline()
+        while b'"text"' not in answer.readline():  # Until it has begun to speak.
+            pass
+        answer.close()
     world.jobs.pieces = ("again",)
     assert lines(ask(port)[1])[0] == {"text": "again", "expert": 0}
     ended = said
