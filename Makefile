@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-fleet bench-transfer format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -34,6 +34,10 @@ bench-quality: $(VENV)/.installed
 
 bench-speed: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
+
+# A billion parameters in 8 GB: half an hour.
+bench-billion: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.billion --output benchmarks/results/billion.md $(ARGS)
 
 # A thousand nodes on one coordinator: a quarter of an hour. ARGS="--nodes 100 --seconds 60" is a shorter one.
 bench-fleet: $(VENV)/.installed

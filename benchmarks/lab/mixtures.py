@@ -41,7 +41,7 @@ class GatedMixture(nn.Module):
     def forward(self, tokens_BT: Tensor, gate_inputs: list[Tensor] | None = None) -> Tensor:
         """Hidden states after the final norm, (B, T, D)."""
         config = self.base.config
-        rotary = rotary_tables(config, 0, tokens_BT.shape[1], tokens_BT.device)
+        rotary = rotary_tables(config, tokens_BT.shape[1], tokens_BT.device)
         x_BTD: Tensor = self.base.model.embed_tokens(tokens_BT)
         for index, module in enumerate(self.base.model.layers):
             layer = cast(DenseLayer, module)

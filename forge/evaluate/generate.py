@@ -21,6 +21,7 @@ from torch import Tensor
 
 from forge.errors import ConfigError
 from forge.model.attention import KeyValueCache
+from forge.model.layers import product
 from forge.model.moe import MixtureLM, Routing
 from forge.vocabulary import END_OF_TEXT
 
@@ -187,7 +188,7 @@ def tokens(
         with torch.inference_mode():  # Not around a yield: it would hold for whoever asks for the next token.
             routing: list[Routing] = []
             hidden_1TD = model(torch.tensor([step], device=device), cache=cache, routing=routing)
-            logits_V = (model.head_weight @ hidden_1TD[0, -1]).float().cpu()
+            logits_V = product(hidden_1TD[0, -1], model.head_weight).float().cpu()
             token = choose(penalised(logits_V, seen, sampling.repetition_penalty), sampling, random)
             expert = speaker(routing)
         if token == end_id:

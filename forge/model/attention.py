@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions and grouped queries, and the cache that makes generation linear.
 
 Shape suffixes: B batch, T new tokens, S all tokens so far (S = T without a cache), D d_model, N query heads,
-K key/value heads, H head_dim. `x_BTD` has shape (B, T, D).
+K key/value heads, G queries of each (N / K), H head_dim. `x_BTD` has shape (B, T, D).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class KeyValueCache:
-    """Keys and values of every layer for the tokens a model has seen, in buffers of fixed size.
+    """Keys and values of every layer for the tokens a model has seen, and the rotary tables, in buffers of fixed size.
 
     Args:
         config: the model's architecture.
@@ -28,43 +28,48 @@ class KeyValueCache:
         capacity: tokens a sequence may have, the prompt included.
         device: where the buffers live.
 
-    The buffers take 2 * n_layers * batch * capacity * kv_heads * head_dim float32 values.
+    The buffers take 2 * (n_layers * batch * kv_heads + 1) * capacity * head_dim float32 values.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device | str = "cpu") -> None:
         shape = (config.n_layers, batch, config.kv_heads, capacity, config.head_dim)
         self.capacity = capacity
         self.length = 0
-        self._keys = torch.empty(shape, device=device)
-        self._values = torch.empty(shape, device=device)
+        self._keys, self._values = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        self._rotary = rotary_tables(config, capacity, torch.device(device))
 
-    def extend(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; return all of them so far, (B, K, S, H) each.
+    def rotary(self, tokens: int) -> Rotary:
+        """The tables of the next `tokens` positions, (tokens, H) each.
 
         Raises:
             ValueError: the tokens do not fit in the capacity.
         """
-        start, stop = self.length, self.length + k_BKTH.shape[2]
-        if stop > self.capacity:
-            raise ValueError(f"a cache of {self.capacity} tokens cannot hold {stop}")
-        self._keys[layer, :, :, start:stop] = k_BKTH
-        self._values[layer, :, :, start:stop] = v_BKTH
-        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} tokens cannot hold {self.length + tokens}")
+        cos_CH, sin_CH = self._rotary
+        return cos_CH.narrow(0, self.length, tokens), sin_CH.narrow(0, self.length, tokens)
+
+    def extend(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; return all of them so far, (B, K, S, H) each."""
+        keys_BKCH, values_BKCH, tokens = self._keys[layer], self._values[layer], k_BKTH.shape[2]
+        keys_BKCH.narrow(2, self.length, tokens).copy_(k_BKTH)
+        values_BKCH.narrow(2, self.length, tokens).copy_(v_BKTH)
+        return keys_BKCH.narrow(2, 0, self.length + tokens), values_BKCH.narrow(2, 0, self.length + tokens)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` new tokens as seen, after every layer has stored them."""
         self.length += tokens
 
 
-def rotary_tables(config: ModelConfig, start: int, stop: int, device: torch.device) -> Rotary:
-    """Cos and sin of positions start..stop-1, (T, H) each, float32 (Su et al. 2021, arXiv 2104.09864, eq. 34).
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> Rotary:
+    """Cos and sin of the first `length` positions, (T, H) each, float32 (Su et al. 2021, arXiv 2104.09864, eq. 34).
 
     The angle of position t and pair i is t * rope_theta^(-2i/H). Pairs are (i, i + H/2), Hugging Face's half-split
     order, so each table repeats its H/2 angles twice.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**half
-    angles = torch.outer(torch.arange(start, stop, dtype=torch.float32, device=device), frequencies)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     angles_TH = torch.cat((angles, angles), dim=-1)
     return angles_TH.cos(), angles_TH.sin()
 
@@ -173,11 +178,14 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = cache.extend(layer, k_BKSH, v_BKSH)
             if seen and length > 1:  # one new token sees everything; the first tokens are plainly causal
                 mask_TS = torch.ones(length, seen + length, dtype=torch.bool, device=x_BTD.device).tril(seen)
-        k_BNSH, v_BNSH = self._per_query_head(k_BKSH), self._per_query_head(v_BKSH)
-        if mask_TS is None:
-            out_BNTH = causal_attention(q_BNTH, k_BNSH, v_BNSH)
+        if length == 1:  # The queries of a group see the same keys: they go as rows, and the cache is not copied for each.
+            q_BKGH = q_BNTH.reshape(batch, self.kv_heads, -1, self.head_dim)
+            out_BNTH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH).reshape(q_BNTH.shape)
+        elif mask_TS is None:
+            out_BNTH = causal_attention(q_BNTH, self._per_query_head(k_BKSH), self._per_query_head(v_BKSH))
         else:
-            out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_TS)
+            out_BNTH = F.scaled_dot_product_attention(q_BNTH, self._per_query_head(k_BKSH), self._per_query_head(v_BKSH),
+                                                      attn_mask=mask_TS)  # fmt: skip
         y_BTD: Tensor = self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
         return y_BTD
 

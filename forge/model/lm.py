@@ -148,8 +148,8 @@ class DenseLM(nn.Module):
         Returns:
             hidden_BTD; logits are `hidden_BTD @ head_weight.T`.
         """
-        start = cache.length if cache is not None else 0
-        rotary = rotary_tables(self.config, start, start + tokens_BT.shape[1], tokens_BT.device)
+        length = tokens_BT.shape[1]
+        rotary = rotary_tables(self.config, length, tokens_BT.device) if cache is None else cache.rotary(length)
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
         for index, layer in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
@@ -159,7 +159,7 @@ class DenseLM(nn.Module):
             if gate_inputs is not None:
                 gate_inputs.append(gate_input_BTD)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance(length)
         hidden_BTD: Tensor = self.model.norm(x_BTD)
         return hidden_BTD
 

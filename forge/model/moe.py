@@ -1,6 +1,7 @@
 """The assembled model: a Mixtral directory, read in place, with only the routed experts computed.
 
-Shape suffixes: B batch, T tokens, N tokens of all sequences (B * T), D d_model, E n_experts, K top_k, V vocab_size.
+Shape suffixes: B batch, T tokens, N tokens of all sequences (B * T), D d_model, E n_experts, K top_k, V vocab_size,
+A assignments of a token to an expert (N * K), M those of one expert.
 """
 
 from __future__ import annotations
@@ -92,11 +93,15 @@ class SparseMoe(nn.Module):
 
     def _mix(self, x_ND: Tensor, routed: Routing) -> Tensor:
         y_ND = torch.zeros_like(x_ND)
-        counts_E = torch.bincount(routed.experts_NK.flatten(), minlength=len(self.experts))
-        for index in counts_E.nonzero().flatten().tolist():
-            rows, slots = torch.where(routed.experts_NK == index)
-            out_MD = self.experts[index](x_ND[rows]) * routed.weights_NK[rows, slots, None]
-            y_ND.index_add_(0, rows, out_MD.to(y_ND.dtype))
+        expert_of_A = routed.experts_NK.flatten()
+        order_A = expert_of_A.argsort(stable=True)
+        counts = torch.bincount(expert_of_A, minlength=len(self.experts)).tolist()
+        weights_A1 = routed.weights_NK.flatten()[order_A, None]
+        for expert, rows, weights_M1 in zip(
+            self.experts, (order_A // self.top_k).split(counts), weights_A1.split(counts), strict=True
+        ):
+            if len(rows):
+                y_ND.index_add_(0, rows, (expert(x_ND[rows]) * weights_M1).to(y_ND.dtype))
         return y_ND
 
 
@@ -183,14 +188,14 @@ class MixtureLM(nn.Module):
         Returns:
             hidden_BTD; logits are `hidden_BTD @ head_weight.T`.
         """
-        start = cache.length if cache is not None else 0
-        rotary = rotary_tables(self.config, start, start + tokens_BT.shape[1], tokens_BT.device)
+        length = tokens_BT.shape[1]
+        rotary = rotary_tables(self.config, length, tokens_BT.device) if cache is None else cache.rotary(length)
         override = Override(gate, only_expert)
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rotary, cache, index, override, routing)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance(length)
         hidden_BTD: Tensor = self.model.norm(x_BTD)
         return hidden_BTD
 
