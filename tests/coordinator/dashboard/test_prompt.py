@@ -49,13 +49,11 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def test_every_piece_is_a_line_with_the_expert_that_spoke_it(world: World) -> None:
-    asked: list[dict[str, Any]] = []
-    world.jobs.before = lambda name: asked.append(world.jobs.arguments)
     status, answer = ask(page_port(world))
     assert status == 200 and lines(answer) == [
         {"text": " sail", "expert": 0}, {"text": " and", "expert": 1}, {"text": " tide", "expert": 0},
         {"tokens": 3, "left_out": 0}]  # fmt: skip
-    assert asked == [{"run_dir": str(world.root), "prompt": "The", "seed": 3}]
+    assert world.jobs.arguments["generate"] == {"run_dir": str(world.root), "prompt": "The", "seed": 3}
 
 
 def test_it_comes_as_it_is_spoken_and_one_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
