@@ -4,16 +4,17 @@
 
 Each checkpoint is a run of random weights, published and assembled from its shards. Ours is `forge.evaluate.generate`, what
 `forge generate` prints with; theirs is `generate` of transformers' MixtralForCausalLM with its defaults, in float32, as ours
-computes whatever the file's type, and for a bfloat16 file once more in bfloat16. They take turns in one process, continue the same
-prompt, and must write the same tokens, or the exit status is 1. bfloat16 rounds its activations, so it is held to nothing.
+computes whatever the file's type, and for a bfloat16 file once more in bfloat16. They take turns in one process, continue
+the same prompt, and must write the same tokens, or the exit status is 1; bfloat16 rounds its activations and is exempt.
 
-The last table is `forge generate` itself under a control group that is smaller than the model: mapped experts come and go.
+The last table is `forge generate` itself, its model not in the page cache, in a control group that is smaller than the model.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+import os
 from pathlib import Path
 from statistics import median
 import subprocess
@@ -23,7 +24,7 @@ import time
 
 import torch
 
-from benchmarks.common import assembled_run, heading, table
+from benchmarks.common import assembled_run, heading, sync, table
 from forge.config import RunConfig, load_config, parse_config
 from forge.data.sources import documents
 from forge.data.tokenizer import tokenizer_files, train_tokenizer
@@ -35,7 +36,8 @@ from forge.train.memory import MB, format_size, parse_size
 #: Name of a packaged config, type of the file.
 POINTS = (("smoke", "float32"), ("default", "float32"), ("default", "bfloat16"))
 _PROMPT = range(10, 26)
-#: Bytes a token costs a small vocabulary, the 256 bytes and one merge: what the limited model reads is its experts.
+_TEXT = "import os"
+#: The end of text, the 256 bytes and one merge: almost all of the larger model is its experts.
 _SMALL_VOCABULARY = 258
 
 Generator = Callable[[], list[int]]
@@ -44,7 +46,7 @@ Generator = Callable[[], list[int]]
 def main() -> int:
     """Time every checkpoint, then write with a model that does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, nargs="*", default=range(len(POINTS)), help="numbers of checkpoints; default all")
+    parser.add_argument("--points", type=int, nargs="*", default=range(len(POINTS)), help="checkpoints by number")
     parser.add_argument("--tokens", type=int, nargs="*", default=(64, 256), help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -53,7 +55,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows, equal = [], True
+    rows, equal = list[list[str]](), True
     for number in options.points:
         name, dtype = POINTS[number]
         with tempfile.TemporaryDirectory(prefix="forge-generation-") as directory:
@@ -64,7 +66,8 @@ def main() -> int:
                 rows.append([f"{name}, {dtype}", f"{config.model.total_parameters / 1e6:.1f} M", *row])
                 equal &= same
                 print(" | ".join(rows[-1]), flush=True)
-    text = heading("Generation", "generation") + f"\n{options.threads} threads, torch {torch.__version__}, batch of one, greedy.\n\n"
+    text = heading("Generation", "generation")
+    text += f"\n{options.threads} threads, torch {torch.__version__}, batch of one, greedy.\n\n"
     text += table(["checkpoint", "parameters", "new tokens", "ours, tokens/s", "transformers", "ratio", "equal tokens",
                    "transformers in bfloat16", "ratio"], rows)  # fmt: skip
     if limit := parse_size(options.limit) if options.limit != "0" else 0:
@@ -121,17 +124,18 @@ def _larger_than_memory(root: Path, limit: int, times: float) -> str:
     text = next(document.text for document in documents(config.data))
     tokenizer_files(train_tokenizer([text], _SMALL_VOCABULARY), run.model, config.model.max_seq_len)
     size = sum(path.stat().st_size for path in run.model.iterdir())
-    rows = []
+    rows, first = list[list[str]](), ""
     for group in (None, _Group.make(limit)):
+        _forget(run.model)
         if group is None and rows:
             return "This process may not make control groups, so generation under a memory limit was not tried.\n"
-        seconds, peak, anonymous, text = _generate(run.model, group)
+        seconds, peak, anonymous, written = _generate(run.model, group)
         rows.append([format_size(limit) if group else "none", f"{seconds:.1f}", f"{peak / MB:.0f} M", f"{anonymous / MB:.0f} M",
-                     "yes" if not rows or text == first else "no"])  # fmt: skip
-        first = text
-    return (f"`forge generate` of 24 tokens with a model of {format_size(size)} ({config.model.n_experts} experts of "
-            f"{config.model.expert_parameters * 4 / MB:.0f} MB, float32), start-up included. Anonymous memory cannot be read again from "
-            "the file; the rest of what is resident can, and the kernel takes it back at the limit (memory.max, or "
+                     "yes" if written == (first := first or written) else "no"])  # fmt: skip
+    what = (f"a model of {format_size(size)} with {config.model.n_experts} experts of "
+            f"{config.model.expert_parameters * 4 / MB:.0f} MB")  # fmt: skip
+    return (f"`forge generate` of 24 tokens, start-up included; {what}, float32. Anonymous memory cannot be read again from a "
+            "file; the rest of what is resident can, and the kernel takes it back at the limit (memory.max, or "
             "memory.limit_in_bytes of cgroup v1).\n\n"
             + table(["limit", "seconds", "peak resident", "peak anonymous", "same text"], rows))  # fmt: skip
 
@@ -150,7 +154,7 @@ def _large_config(total: int) -> RunConfig:
 
 def _generate(model: Path, group: _Group | None) -> tuple[float, int, int, str]:
     """Seconds, peak resident bytes, peak anonymous bytes and the text of one `forge generate`."""
-    command = [sys.executable, "-m", "forge.cli", "generate", str(model), "import os\n", "--max-tokens", "24", "--temperature", "0"]
+    command = [sys.executable, "-m", "forge.cli", "generate", str(model), _TEXT, "--max-tokens", "24", "--temperature", "0"]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                preexec_fn=group.enter if group else None)  # fmt: skip
@@ -167,6 +171,14 @@ def _generate(model: Path, group: _Group | None) -> tuple[float, int, int, str]:
     if process.returncode:
         raise SystemExit(f"forge generate ended with exit status {process.returncode}.")
     return seconds, peak, anonymous, text
+
+
+def _forget(directory: Path) -> None:
+    """Take a directory's files out of the page cache: what is there already is charged to whoever read it first."""
+    sync(directory)
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _resident(pid: int) -> dict[str, int]:

@@ -50,6 +50,7 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     progress(stage=f"expert {partition}", plan=report(config, chosen, products))
     model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
     model.recompute = chosen.recompute
+    model.compute_in(dtype)
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
                               expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(

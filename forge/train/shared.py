@@ -43,6 +43,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
     model.initialise(torch.Generator().manual_seed(config.seed))
     model.to(device)
     model.recompute = chosen.recompute
+    model.compute_in(dtype)
     corpus = TokenFile(run.data / "corpus.safetensors")
     training = np.flatnonzero(np.load(run.data / "split.npy") == 0)
     sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, END_OF_TEXT_ID, training)
