@@ -93,6 +93,7 @@ class FakeJobs:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.arguments: dict[str, dict[str, Any]] = {}
         self.verdicts: list[dict[str, Any] | Exception] = []
         self.failures: dict[str, list[Exception]] = {}
         self.pieces: Iterable[str] = (" sail", " and", " tide")
@@ -101,7 +102,7 @@ class FakeJobs:
     def __call__(self, name: str, arguments: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         what = arguments.get("stage", name)
         self.calls.append(what)
-        self.arguments = arguments
+        self.arguments[what] = arguments
         self.before(what)
         if self.failures.get(what):
             raise self.failures[what].pop(0)
