@@ -136,7 +136,7 @@ def _larger_than_memory(root: Path, limit: int, times: float) -> str:
             f"{config.model.expert_parameters * 4 / MB:.0f} MB")  # fmt: skip
     return (f"`forge generate` of 24 tokens, start-up included; {what}, float32. Anonymous memory cannot be read again from a "
             "file; the rest of what is resident can, and the kernel takes it back at the limit (memory.max, or "
-            "memory.limit_in_bytes of cgroup v1).\n\n"
+            "memory.limit_in_bytes of cgroup v1; pages of libraries that others use are charged to them).\n\n"
             + table(["limit", "seconds", "peak resident", "peak anonymous", "same text"], rows))  # fmt: skip
 
 

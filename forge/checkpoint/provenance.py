@@ -8,6 +8,7 @@ the index that it speaks of: an expert in the model always has its line here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forge.checkpoint.hf import TOKENIZER_FILES
 from forge.checkpoint.safetensors_header import tensors_sha256
-from forge.config import RunConfig
+from forge.config import ModelConfig, RunConfig
 from forge.errors import StorageError
 from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.model import names
@@ -145,7 +146,7 @@ def write_lineage(run: RunDirectory, published: Mapping[str, Any], shards: Mappi
                   partitions=_partitions(published.get("partitions", ()))),
         tokenizer={name: hash_file(run.data / name) for name in TOKENIZER_FILES if (run.data / name).is_file()},
         components={part: published[part]["sha256"] for part in COMPONENTS},
-        shared_ffn_tensors=tensors_sha256(ffn, names.ffn_tensors(config.model)),
+        shared_ffn_tensors=_ffn_digest(ffn, config.model),
         shards=[kept(run, partition, sha256) for partition, sha256 in sorted(shards.items())])  # fmt: skip
     write_json(run.model / PROVENANCE_FILE, lineage.model_dump(mode="json"))
 
@@ -161,6 +162,12 @@ def read_lineage(model_dir: Path) -> Lineage:
         raise StorageError(f"{model_dir} has no {PROVENANCE_FILE}, so nothing says where its weights come from: give the "
                            "model directory of a run, or bring it up to date with `forge assemble RUN_DIR`.")  # fmt: skip
     return _parse(Lineage, read_json(path), path)
+
+
+@lru_cache(maxsize=1)
+def _ffn_digest(blob: Path, model: ModelConfig) -> str:
+    """Of a blob, which never changes: every accepted shard writes the lineage, and reads no other expert for it."""
+    return tensors_sha256(blob, names.ffn_tensors(model))
 
 
 def _kept(run: RunDirectory, sha256: str) -> Path:
