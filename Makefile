@@ -3,7 +3,8 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
+	bench-generation bench-memory format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -45,6 +46,16 @@ bench-fleet: $(VENV)/.installed
 
 bench-transfer: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.transfer $(ARGS)
+
+# Against mergekit too with ARGS="--mergekit PATH/TO/bin".
+bench-assembly: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.assembly $(ARGS)
+
+bench-generation: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.generation $(ARGS)
+
+bench-memory: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
