@@ -37,7 +37,7 @@ RUNTIME_MB: dict[str, int] = {
     "evaluate": 304, "generate": 256, "assemble": 47}  # fmt: skip
 #: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated;
 #: and the holes in the heap of a training process, as a share of what each micro-batch takes and frees.
-_ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.42
+_ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
 LIGHT_MB = {"coordinator": 122, "node": 82}
 #: scikit-learn, imported when a corpus is clustered, and pandas, which it imports where that is installed.
