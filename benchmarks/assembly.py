@@ -3,9 +3,10 @@
     python -m benchmarks.assembly --mergekit /path/to/bin/mergekit-moe
 
 Each point is a published run of random weights. A child process makes the model directory, in which every expert is a
-placeholder: the shared FFN's bytes, copied once an expert under the expert's names, and not hashed. Then it accepts a shard for
-each expert: the bytes stay where they are (a hard link), and are read and hashed once, for the lineage. `cp` copies the
-experts' files of the finished model. All of them end when the disk has everything, which is why a small copy takes long.
+placeholder: the shared FFN's bytes, hashed twice (is it the published file, and what tensors does it hold) and copied once an
+expert under the expert's names. Then it hashes every shard's tensors for the lineage, which moves nothing, and accepts every
+shard: a hard link, a lineage, an index and a manifest each, and no byte of a tensor is read. `cp` copies the experts' files of
+the finished model. All end when the disk has everything; the syncs of its small files are what an accepted shard costs.
 
 mergekit-moe, with a random gate, makes a Mixtral checkpoint of as many dense Mistral models that lie on the disk: the shared
 components and one of the same experts each. Ours beside it is everything from the published run to the model with all experts.
@@ -26,6 +27,8 @@ import tempfile
 import time
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import heading, published_run, sync, table
 from forge.checkpoint.assembly import accept, start
 from forge.checkpoint.hf import mixtral_config
@@ -41,7 +44,7 @@ from forge.vocabulary import INDEX_FILE, SHARED_FILE, expert_file
 
 #: Experts, width, layers: 1 MB to 500 MB an expert, 4 to 64 of them.
 POINTS = ((4, 128, 2), (16, 128, 2), (64, 128, 2), (4, 512, 4), (16, 512, 4), (4, 1024, 8), (4, 2048, 8))
-COLUMNS = ("experts", "MB each", "placeholders", "cp", "ratio", "accept all", "cp", "ratio", "peak memory")
+COLUMNS = ("experts", "MB each", "cp", "placeholders", "ratio", "hash the shards", "ratio", "accept them", "ratio", "peak memory")
 
 
 def main() -> int:
@@ -94,24 +97,28 @@ def _measure(root: Path, experts: int, width: int, layers: int, rounds: int, mer
         return median(row[name] for row in found)
 
     row = [str(experts), f"{(run.model / expert_file(0)).stat().st_size / MB:.1f}"]
-    for name in ("start", "accept"):
-        ratio = median(row[name] / row["cp"] for row in found)
-        row += [f"{middle(name):.2f}", f"{middle('cp'):.2f}", f"{ratio:.2f}"]
+    row.append(f"{middle('cp'):.2f}")
+    for name in ("start", "hash", "accept"):
+        row += [f"{middle(name):.2f}", f"{median(one[name] / one['cp'] for one in found):.2f}"]
     row.append(f"{max(row['peak'] for row in found) / MB:.1f} M")
     return row if mergekit is None else row + _merge(mergekit, run, shards, root / "merge")
 
 
 def _assemble(run: RunDirectory) -> dict[str, float]:
-    config = run.config
-    began = time.perf_counter()
+    config, shards = run.config, json.loads((run.root / "shards.json").read_text())
+    times = [time.perf_counter()]
     start(run)
     sync(run.model)
-    started = time.perf_counter()
-    for expert, sha256 in enumerate(json.loads((run.root / "shards.json").read_text())):
+    times.append(time.perf_counter())
+    for expert, sha256 in enumerate(shards):
         keep(run, origin(run.blobs.path(sha256), config, expert, b"{}", sha256=sha256))
+    times.append(time.perf_counter())
+    for expert, sha256 in enumerate(shards):
         accept(run, expert, sha256, {})
     sync(run.model)
-    return {"start": started - began, "accept": time.perf_counter() - started, "peak": peak_resident_bytes()}
+    times.append(time.perf_counter())
+    seconds = dict(zip(("start", "hash", "accept"), np.diff(times).tolist(), strict=True))
+    return {**seconds, "peak": peak_resident_bytes()}
 
 
 def _copy(files: list[Path], target: Path) -> float:
