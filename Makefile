@@ -3,13 +3,14 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality format clean
+.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
+	bench-generation bench-memory bench-startup format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
 
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
@@ -31,6 +32,33 @@ bench: $(VENV)/.installed
 
 bench-quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data $(DATA) $(ARGS)
+
+bench-speed: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
+
+# A billion parameters in 8 GB: half an hour.
+bench-billion: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.billion --output benchmarks/results/billion.md $(ARGS)
+
+# A thousand nodes on one coordinator: a quarter of an hour. ARGS="--nodes 100 --seconds 60" is a shorter one.
+bench-fleet: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.fleet $(ARGS)
+
+bench-transfer: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.transfer $(ARGS)
+
+# Against mergekit too with ARGS="--mergekit PATH/TO/bin".
+bench-assembly: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.assembly $(ARGS)
+
+bench-generation: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.generation $(ARGS)
+
+bench-startup: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.startup $(ARGS)
+
+bench-memory: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -25,7 +25,7 @@ from forge.config import DataConfig, RunConfig, load_config
 from forge.data.sources import documents
 from forge.data.tokenizer import tokenizer_files, train_tokenizer
 from forge.files import RunDirectory
-from forge.system import peak_resident_bytes_of
+from forge.system import cpu_products, peak_resident_bytes_of
 from forge.train.memory import MB, Stage, parse_size, plan, predict
 from forge.vocabulary import STAGES
 
@@ -61,8 +61,8 @@ class Point:
 
 
 POINTS = [
-    Point("16G", 64, 2, 2048, 128), Point("16G", 128, 3, 2048, 128), Point("352M", 128, 3, 2048, 1024),
-    Point("16G", 256, 4, 8192, 256), Point("390M", 256, 4, 8192, 256), Point("16G", 512, 4, 16384, 512),
+    Point("16G", 64, 2, 2048, 128), Point("16G", 128, 3, 2048, 128), Point("412M", 128, 3, 2048, 1024),
+    Point("16G", 256, 4, 8192, 256), Point("412M", 256, 4, 8192, 256), Point("16G", 512, 4, 16384, 512),
     Point("720M", 512, 4, 16384, 512), Point("580M", 512, 4, 8192, 512, dtype="bfloat16"),
     Point("16G", 768, 4, 16384, 128), Point("1500M", 1024, 3, 8192, 128, 2),
 ]  # fmt: skip
@@ -135,7 +135,7 @@ def _measure(config: RunConfig, root: Path, ram: int, threads: int) -> Iterator[
     yield job("validate", "validate", run_dir=str(root), partition=0, shard=shard)[0]
     accept(run, 0, run.blobs.adopt(Path(shard)), {"node_name": "this machine", "loss": 0.0, "shared_loss": 0.0, "tokens": 0})
     yield job("evaluate", "evaluate", run_dir=str(root), final=True)[0]
-    yield _command(config, "generate", [str(run.model), "--max-tokens", "24", "--prompt", "import os\n" * 8])
+    yield _command(config, "generate", [str(run.model), "import os\n" * 8, "--max-tokens", "24"])
     yield _command(config, "assemble", [str(root)])
 
 
@@ -169,7 +169,8 @@ def _table(lines: list[str], threads: int) -> str:
     header = f"| parameters | width x layers, context, vocabulary | `--ram` | micro-batch | {' | '.join(names)} | worst |"
     rule = "|" + "---|" * (5 + len(names))
     return ("# Predicted / measured peak memory\n\nMB resident (RSS) of every process, "
-            f"{threads} thread{'s' if threads > 1 else ''}, float32 products; made by `python -m benchmarks.memory`.\n\n"
+            f"{threads} thread{'s' if threads > 1 else ''}, {cpu_products()} products in training; "
+            "made by `python -m benchmarks.memory`.\n\n"
             + "\n".join([header, rule, *lines]) + "\n")  # fmt: skip
 
 

@@ -4,8 +4,9 @@
 
 Every row is a process of its own that trains the shapes of configs/default.yaml on random tokens, with the same tokens an
 optimiser step. Ours runs as a node or `forge run` would run it, with the plan that `--ram` leads to. The rivals train a
-MistralForCausalLM of the same sizes (Llama's layers; its config takes any number of heads), under bfloat16 autocast where this machine multiplies it faster; in the expert phase
-everything but the MLPs is frozen. Rows take turns; medians over the steps of all rounds, ratios round by round.
+MistralForCausalLM of the same sizes (Llama's layers; its config takes any number of heads), under bfloat16 autocast where this
+machine multiplies it faster; in the expert phase everything but the MLPs is frozen. Rows take turns; medians over the steps
+of all rounds, ratios round by round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable
 import json
 import os
 from pathlib import Path
-import platform
 from statistics import median
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import machine
 from forge import pipeline
 from forge.config import RunConfig, load_config
 from forge.data.tokens import TokenWriter
@@ -82,18 +83,11 @@ def _heading(threads: int) -> str:
     torch.set_num_threads(threads)
     rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {multiplication_rate(dtype) / 1e9:.0f} GFLOP/s"
                       for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-    heading = (f"# Training speed\n\nPrinted by `python -m benchmarks.speed` on {time.strftime('%Y-%m-%d')}: {_processor()}, "
-               f"{threads} threads, torch {torch.__version__}; products of a training step's size: {rates}.\n")
+    heading = (f"# Training speed\n\nPrinted by `python -m benchmarks.speed` on {time.strftime('%Y-%m-%d')}: "
+               f"{machine()}; {threads} threads in use, torch {torch.__version__}; products of a training "
+               f"step's size: {rates}.\n")
     print(heading, flush=True)
     return heading
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _random_corpus(run: RunDirectory) -> None:
@@ -112,8 +106,8 @@ def _random_corpus(run: RunDirectory) -> None:
 def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directory: Path) -> list[str]:
     batch, corpus = config.train.batch_size, directory / "corpus"
 
-    def ours(seconds: int) -> Callable[[], dict[str, Any]]:
-        return lambda: _ours(config, phase, options, corpus, directory / f"{phase}-{seconds}-{time.monotonic_ns()}")
+    def ours() -> dict[str, Any]:
+        return _ours(config, phase, options, corpus, directory / f"{phase}-{time.monotonic_ns()}")
 
     def rival(name: str, micro_batch: int) -> Callable[[], dict[str, Any]]:
         return lambda: _child(name, phase, micro_batch, options)
@@ -122,14 +116,16 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
     tried = {size: median(_child("trainer", phase, size, options)["tokens_per_second"]) for size in sizes}
     best = max(tried, key=lambda size: tried[size])
     print(f"{phase}: the Trainer by micro-batch: " + ", ".join(f"{m}: {v:,.0f}" for m, v in tried.items()), flush=True)
-    rows = {"ours": ours(0), f"Trainer, batch {batch}": rival("trainer", batch), f"Trainer, micro-batch {best}": rival("trainer", best),
+    rows = {"ours": ours, f"Trainer, batch {batch}": rival("trainer", batch),
+            f"Trainer, micro-batch {best}": rival("trainer", best),
             f"PyTorch loop, micro-batch {best}": rival("loop", best)}  # fmt: skip
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for _ in range(options.rounds):
         for name, measure in rows.items():
             taken[name].append(measure())
     lines = [f"\n## The {phase} phase, {batch} x {config.model.max_seq_len} tokens a step\n",
-             "| row | tokens a second | ours is faster by (lowest to highest round) | peak memory | of ours |", "|---|---|---|---|---|"]
+             "| row | tokens a second | ours is faster by (lowest to highest round) | peak memory | of ours |",
+             "|---|---|---|---|---|"]
     our_rates = [median(result["tokens_per_second"]) for result in taken["ours"]]
     our_peak = max(result["peak_bytes"] for result in taken["ours"])
     for name, results in taken.items():
@@ -144,23 +140,27 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
 
 def _ours(config: RunConfig, phase: str, options: argparse.Namespace, corpus: Path, root: Path) -> dict[str, Any]:
     """One training process of ours; the expert phase trains on what a first shared phase left."""
-    source = RunDirectory.open(corpus, config)
-    arguments = {"run_dir": str(root), "stage": "shared", "ram_bytes": parse_size(options.ram)}
+    prepared = RunDirectory.open(corpus, config)
+    ram = parse_size(options.ram)
+
+    def job(name: str, **arguments: Any) -> dict[str, Any]:
+        return pipeline.call(name, {"ram_bytes": ram, **arguments}, lambda event: None, options.threads)
+
     if phase == "shared":
         run = RunDirectory.open(root, config)
-        run.data.rmdir() if run.data.is_dir() else None
-        run.data.symlink_to(source.data)
-        facts = pipeline.call("stage", arguments, lambda event: None, options.threads)
-        metrics = run.work / "shared" / "metrics.jsonl"
+        if run.data.is_dir():
+            run.data.rmdir()
+        run.data.symlink_to(prepared.data)
+        facts, metrics = job("stage", run_dir=str(root), stage="shared"), run.work / "shared" / "metrics.jsonl"
     else:
-        shared = pipeline.call("stage", arguments | {"run_dir": str(corpus)}, lambda event: None, options.threads)
-        assignment = {"run_id": source.run_id, "config_fingerprint": "", "config": config.model_dump(mode="json"), "partition": 0,
-                      "lease_id": "local", "shared": str(source.blobs.path(shared["shared"]["sha256"])),
-                      "shared_ffn": str(source.blobs.path(shared["shared_ffn"]["sha256"])),
-                      "train_tokens": str(source.data / "corpus.safetensors"), "shared_sha256": shared["shared"]["sha256"]}
-        facts = pipeline.call("train-expert", {"assignment": assignment, "ram_bytes": parse_size(options.ram), "work_dir": str(root),
-                                               "device": "cpu"}, lambda event: None, options.threads)
-        metrics = root / "metrics.jsonl"
+        shared = job("stage", run_dir=str(corpus), stage="shared")  # Done once; later rounds find it.
+        assignment = {
+            "run_id": prepared.run_id, "config_fingerprint": "", "config": config.model_dump(mode="json"), "partition": 0,
+            "lease_id": "local", "shared_sha256": shared["shared"]["sha256"],
+            "shared": str(prepared.blobs.path(shared["shared"]["sha256"])),
+            "shared_ffn": str(prepared.blobs.path(shared["shared_ffn"]["sha256"])),
+            "train_tokens": str(prepared.data / "corpus.safetensors")}  # fmt: skip
+        facts, metrics = job("train-expert", assignment=assignment, work_dir=str(root), device="cpu"), root / "metrics.jsonl"
     tokens = config.train.batch_size * config.model.max_seq_len
     ends = [0.0, *(line["tokens"] / line["tokens_per_second"] for line in map(json.loads, metrics.read_text().splitlines()))]
     rates = [tokens / (after - before) for before, after in zip(ends, ends[1:], strict=False)]
@@ -189,7 +189,8 @@ def _rival_model(config: RunConfig, phase: str) -> Any:
     model = MistralForCausalLM(MistralConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.ffn_width,
         num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=shape.max_seq_len, sliding_window=None, tie_word_embeddings=shape.tie_embeddings))  # fmt: skip
+        head_dim=shape.head_dim, max_position_embeddings=shape.max_seq_len, sliding_window=None,
+        tie_word_embeddings=shape.tie_embeddings))  # fmt: skip
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(phase == "shared" or ".mlp." in name)
     return model

@@ -106,6 +106,9 @@ def describe(status: dict[str, Any]) -> str:
     for node in status["nodes"]:
         lines.append(f"node {node['name']}: {node['accepted']} accepted, {node['rejected']} rejected, last heard of "
                      f"{node['idle_seconds']:.0f} s ago")  # fmt: skip
+    for node in status["snapshot"].get("contributors", ()):
+        experts = ", ".join(f"{expert['partition']} ({_nats(expert['nats'])})" for expert in node["experts"])
+        lines.append(f"contribution of {node['name']}: {_nats(node['nats'])} nats a token, by expert {experts}")
     for point in status["evaluations"]:
         lines.append(f"with {point['experts']} experts: mean perplexity {_number(point['mean_perplexity'], 2)}, pooled "
                      f"{_number(point['pooled_perplexity'], 2)}")  # fmt: skip
@@ -120,6 +123,10 @@ def _partition_line(partition: dict[str, Any]) -> str:
     return (f"{partition['partition']:>6}  {partition['state']:9} {int(partition['tokens']):>13,}  "
             f"{partition['node_name'] or '-':20} {step:>15}  {_number(partition['loss'], 4):>8} "
             f"{_number(partition['shared_loss'], 4):>8}{rejected}")  # fmt: skip
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
 
 
 def _number(value: Any, digits: int) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 import contextlib
 from dataclasses import dataclass, field
+import hashlib
 from io import FileIO
 import math
 import os
 from pathlib import Path
 import shutil
 import threading
+from typing import Any
 
 from coordinator.records import LeaseRecord
 from forge.config import ModelConfig
@@ -48,7 +50,23 @@ class _Upload:
     writer: object | None = None
     cancel: Callable[[], object] | None = None
     damaged: int = 0
+    digest: Any = None
+    hashed: int = -1
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def hash(self, offset: int, chunk: bytes) -> None:
+        """Hash what was written, as it comes, as long as every chunk follows the one before."""
+        if offset == 0:
+            self.digest, self.hashed = hashlib.sha256(), 0
+        if offset == self.hashed:
+            self.digest.update(chunk)
+            self.hashed += len(chunk)
+        else:
+            self.hashed = -1
+
+    def sha256_of(self, path: Path) -> str:
+        """Of the part: read again only when it did not come in one go."""
+        return str(self.digest.hexdigest()) if self.hashed == self.size else hash_file(path)
 
 
 class Uploads:
@@ -139,6 +157,7 @@ class Uploads:
                         raise ProtocolError(f"The upload was announced with {upload.size:,} bytes and brings more.")
                     with storage_errors(self._directory):
                         _write_all(file, offset, chunk)
+                    upload.hash(offset, chunk)
                     offset += len(chunk)
         with upload.lock:
             if upload.writer is writer:
@@ -175,7 +194,7 @@ class Uploads:
     def _finish(self, sha256: str, upload: _Upload) -> int:
         """Check the hash and make the part a blob."""
         path = self._part(sha256)
-        if hash_file(path) != sha256:
+        if upload.sha256_of(path) != sha256:
             self._drop(sha256)
             upload.damaged += 1
             if upload.damaged > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+import json
 import logging
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import time
 from typing import Any
 
 from forge.errors import StorageError
-from forge.files import read_json, write_json
+from forge.files import read_json, write_bytes
 
 #: Points a curve keeps at most; a full curve is thinned to half as many, evenly. A chart has some 400 pixels.
 MAX_POINTS = 128
@@ -88,10 +89,11 @@ class Curves:
             if self._path is None or not self._changed:
                 return
             self._changed = False
-            try:
-                write_json(self._path, {name: curve.points for name, curve in self._curves.items()})
-            except StorageError as error:
-                _log.warning("the loss curves are not kept: %s", error)
+        try:
+            # In one line: with indents, a thousand full curves would keep every other thread waiting for seconds.
+            write_bytes(self._path, json.dumps(self.points()).encode())
+        except StorageError as error:
+            _log.warning("the loss curves are not kept: %s", error)
 
 
 def _load(path: Path | None) -> dict[str, _Curve]:

@@ -56,7 +56,7 @@ class Guests:
 
     def invitations(self) -> list[InvitationRecord]:
         """Every invitation, the oldest first."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             rows = session.scalars(select(Invitation).order_by(Invitation.created_at, Invitation.id))
             return [self._invitation(row) for row in rows]
 
@@ -82,7 +82,7 @@ class Guests:
         Raises:
             AccessError: it may not, and why.
         """
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             if session.get(Node, node_id) is None:
                 self._valid(session, secret)
             elif session.get(Revocation, node_id) is not None:
@@ -122,7 +122,7 @@ class Guests:
         Raises:
             AccessError: it was revoked.
         """
-        with self._database.transaction() as session:
+        with self._database.transaction(durable=False) as session:
             node = session.get(Node, node_id)
             if node is None:
                 return None

@@ -35,6 +35,7 @@ from coordinator.messages import (
     UploadOpened,
     Wait,
 )
+from coordinator.publication import Publication
 from coordinator.quotas import Quotas
 from coordinator.records import TRAINING, Counts, NodeRecord, Receipt
 from coordinator.snapshot import Snapshots
@@ -55,6 +56,8 @@ MAX_INTEGER = (1 << 63) - 1
 HEARTBEATS = 4
 #: Seconds until a node that waits for somebody's verdict asks again.
 VERDICT_WAIT_SECONDS = 2.0
+#: Questions for work in a second, at most, when every node of the run waits: each costs 2 ms of a processor.
+WAITING_CALLS_PER_SECOND = 100.0
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LEASE_ID = re.compile(r"[0-9a-f]{32}")
@@ -75,6 +78,7 @@ class Desk:
     config: RunConfig
     run: RunDirectory
     run_id: str
+    publication: Publication
     state: State
     uploads: Uploads
     credentials: Credentials
@@ -152,11 +156,11 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
         return Wait(reason=f"the coordinator is {now.sentence}", retry_seconds=now.retry_seconds)
     granted = desk.state.grant(node.id, request.preferred_partitions)
     if granted is None:
-        return _nothing_open(desk.state.counts(), desk.state.draining)
+        return _nothing_open(desk.state.counts(), desk.state.draining, desk.state.count_nodes())
     if granted.fresh:
         desk.note("leased", f"{node.name} trains expert {granted.partition}", node=node.name, lease_id=granted.id,
                   partition=granted.partition)  # fmt: skip
-    facts = desk.run.marker("publish") or {}
+    facts = desk.publication.facts
     partition = next(part for part in facts["partitions"] if part["partition"] == granted.partition)
     return Assignment(
         lease_id=granted.id, partition=granted.partition, partition_tokens=partition["tokens"],
@@ -186,7 +190,7 @@ def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterat
         InvalidRequestError: the offset lies behind its end.
         QuotaError: with the first chunk: too much is on its way to this node.
     """
-    size = published(desk.run).get(sha256)
+    size = desk.publication.sizes.get(sha256)
     if size is None:
         raise NotPublishedError("This run publishes no such file.")
     if offset > size:
@@ -251,10 +255,9 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
                                   f"{SIGNATURE_BYTES}.")  # fmt: skip
     if not verify_signature(node.public_key, request.manifest, request.signature):
         raise ShardError("The manifest is not signed by this node's key.")
-    published = desk.run.marker("publish") or {}
     check_manifest(request.manifest, {
         "run_id": desk.run_id, "partition": held.partition, "sha256": request.sha256, "lease_id": request.lease_id,
-        "shared_sha256": published["shared"]["sha256"], "config_fingerprint": desk.config.fingerprint})  # fmt: skip
+        "shared_sha256": desk.publication.facts["shared"]["sha256"], "config_fingerprint": desk.config.fingerprint})  # fmt: skip
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
@@ -278,16 +281,7 @@ def status(desk: Desk) -> Status:
         evaluations=tuple(evaluations))  # fmt: skip
 
 
-def published(run: RunDirectory) -> dict[str, int]:
-    """sha256 -> size of every blob that nodes may read: none before the run is published."""
-    facts = run.marker("publish") or {}
-    blobs = [facts[key] for key in ("shared", "shared_ffn", "router") if key in facts]
-    for partition in facts.get("partitions", ()):
-        blobs += [partition[key] for key in ("train", "validation", "test") if partition.get(key)]
-    return {blob["sha256"]: int(blob["size"]) for blob in blobs}
-
-
-def _nothing_open(counts: Counts, draining: bool) -> Wait:
+def _nothing_open(counts: Counts, draining: bool, nodes: int) -> Wait:
     if draining:
         return Wait(reason="the coordinator is draining: it gives out no more work", retry_seconds=LONGEST_WAIT_SECONDS)
     if counts.open:
@@ -296,8 +290,9 @@ def _nothing_open(counts: Counts, draining: bool) -> Wait:
     busy = [f"{counts.leased} being trained by other nodes"] if counts.leased else []
     busy += [f"{counts.uploaded} being validated"] if counts.uploaded else []
     retry = VERDICT_WAIT_SECONDS if counts.uploaded else counts.next_expiry or VERDICT_WAIT_SECONDS
+    retry = min(max(retry, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS / 3)
     return Wait(reason=f"no partition is open: {counts.accepted} of {counts.total} accepted, {', '.join(busy)}",
-                retry_seconds=min(max(retry, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS / 3))  # fmt: skip
+                retry_seconds=max(retry, nodes / WAITING_CALLS_PER_SECOND))  # fmt: skip
 
 
 def _check_ids(lease_id: str, sha256: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+import os
 from pathlib import Path
 import threading
 from typing import Any, Protocol
@@ -12,6 +14,8 @@ from forge.jobs import Job
 
 #: Seconds that shared training gets to write its last checkpoint when the coordinator is stopped.
 GRACE_SECONDS = 20.0
+#: Priority of the children for processors, as of nice(1): nodes wait for answers, and nobody waits for a verdict that long.
+NICE = 10
 
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -21,7 +25,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: it ends a thread
 
 
 class RunJob(Protocol):
-    """Run a job to its end.
+    """Run a job to its end; safe from any thread. Whatever `on_progress` raises ends the job and comes through.
 
     Raises:
         ForgeError: the job failed.
@@ -55,6 +59,9 @@ class JobRunner:
                 raise Stopped
             job = Job(name, arguments, log=self._log)
             self._running[job] = arguments.get("stage") == "shared"
+        if hasattr(os, "setpriority"):
+            with suppress(OSError):  # It is over already.
+                os.setpriority(os.PRIO_PROCESS, job.pid, NICE)
         try:
             for event in job.events():
                 on_progress(event)
@@ -64,9 +71,13 @@ class JobRunner:
                 raise Stopped from error
             raise
         finally:
+            job.kill()  # It has ended, unless whoever listens raised: nobody wants the rest then.
+            for _ in job.events():
+                pass
             with self._lock:
                 del self._running[job]
-        self._on_end(name, arguments, {"peak_bytes": job.peak_rss, **result})
+        with self._lock:
+            self._on_end(name, arguments, {"peak_bytes": job.peak_rss, **result})
         if self._stopped and result.get("finished") is False:
             raise Stopped
         return result

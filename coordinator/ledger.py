@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
 from coordinator.guests import Guests, node_record
 from coordinator.records import NodeRecord, PartitionRecord, PartitionState, ShardRecord
@@ -20,20 +19,20 @@ class Ledger(Guests):
 
     def next_pending(self) -> ShardRecord | None:
         """The oldest shard that waits for its verdict."""
-        with self._database.transaction() as session:
-            oldest = select(Shard).where(Shard.verdict == "pending").order_by(Shard.received_at, Shard.id).limit(1)
-            shard = session.scalars(oldest).one_or_none()
-            return None if shard is None else _record(session, shard)
+        with self._database.reading() as session:
+            pending = select(Shard, Node).join(Node, Node.id == Shard.node_id).where(Shard.verdict == "pending")
+            row = session.execute(pending.order_by(Shard.received_at, Shard.id).limit(1)).one_or_none()
+            return None if row is None else _record(*row)
 
     def accepted_shards(self) -> list[ShardRecord]:
         """The accepted shards, in the order of their acceptance."""
-        with self._database.transaction() as session:
-            accepted = select(Shard).where(Shard.verdict == "accepted").order_by(Shard.decided_at, Shard.id)
-            return [_record(session, shard) for shard in session.scalars(accepted)]
+        with self._database.reading() as session:
+            accepted = select(Shard, Node).join(Node, Node.id == Shard.node_id).where(Shard.verdict == "accepted")
+            return [_record(*row) for row in session.execute(accepted.order_by(Shard.decided_at, Shard.id))]
 
     def uses(self, sha256: str) -> bool:
         """Whether a shard with these bytes is accepted, waits for its verdict, or may be handed in again."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             wanted = (Shard.verdict != "rejected") | Shard.judged.is_(False)
             needed = select(Shard.id).where(Shard.sha256 == sha256, wanted).limit(1)
             return session.scalars(needed).first() is not None
@@ -50,13 +49,13 @@ class Ledger(Guests):
 
     def evaluated(self, experts: int, *, final: bool = False) -> bool:
         """Whether the assembled model with so many experts has been evaluated."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             same = select(Evaluation.id).where(Evaluation.experts == experts, Evaluation.final.is_(final))
             return session.scalar(same) is not None
 
     def evaluation_stamp(self) -> tuple[int, float]:
         """Changes whenever an evaluation is recorded: how many there are, and when the newest was."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             number, newest = session.execute(select(func.count(), func.max(Evaluation.evaluated_at))).one()
             return int(number), float(newest or 0.0)
 
@@ -64,38 +63,38 @@ class Ledger(Guests):
         """What `read` makes of the experts, whether it is the final one, the time (seconds since the epoch) and the row
         of every evaluation, by number of experts. Rows are large: only one is in memory at a time.
         """
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             columns = select(Evaluation.experts, Evaluation.final, Evaluation.evaluated_at, Evaluation.row)
             rows = session.execute(columns.order_by(Evaluation.experts, Evaluation.final).execution_options(yield_per=1))
             return [read(*row) for row in rows]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations by number of experts, each with `experts` and `final` in it."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             rows = session.scalars(select(Evaluation).order_by(Evaluation.experts, Evaluation.final))
             return [{**row.row, "experts": row.experts, "final": row.final} for row in rows]
 
     def partitions(self) -> list[PartitionRecord]:
         """Every partition with who works or worked on it."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             columns = select(Shard.slot, Shard.node_id, Shard.loss, Shard.decided_at).where(Shard.slot.is_not(None))
             shards = {shard.slot: shard for shard in session.execute(columns)}
-            held = select(Lease).where(Lease.active_partition.is_not(None))
-            leases = {lease.active_partition: lease for lease in session.scalars(held)}
+            held = select(Lease.active_partition, Lease.node_id, Lease.progress).where(Lease.active_partition.is_not(None))
+            leases = {lease.active_partition: lease for lease in session.execute(held)}
             workers = {shard.node_id for shard in shards.values()} | {lease.node_id for lease in leases.values()}
             names = {row.id: row.name for row in session.execute(
                 select(Node.id, Node.name).where(Node.id.in_(workers)))}  # fmt: skip
             return [_view(row, shards.get(row.id), leases.get(row.id), names)
-                    for row in session.scalars(select(Partition).order_by(Partition.id))]  # fmt: skip
+                    for row in session.execute(select(*Partition.__table__.columns).order_by(Partition.id))]  # fmt: skip
 
     def count_nodes(self) -> int:
         """How many nodes ever joined."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             return session.scalar(select(func.count()).select_from(Node)) or 0
 
     def nodes(self, newest: int | None = None) -> list[NodeRecord]:
         """Every node with how many of its shards were accepted and rejected, or those heard of last."""
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted").group_by(Shard.node_id)
             bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
             accepted = {node_id: shards for node_id, shards in session.execute(good)}
@@ -108,18 +107,17 @@ class Ledger(Guests):
                     for node in session.scalars(select(Node).order_by(*order, Node.id).limit(newest))]  # fmt: skip
 
 
-def _record(session: Session, shard: Shard) -> ShardRecord:
-    node = session.get_one(Node, shard.node_id)
+def _record(shard: Shard, node: Node) -> ShardRecord:
     return ShardRecord(
         id=shard.id, partition=shard.partition, sha256=shard.sha256, size=shard.size, node_id=node.id,
         node_name=node.name, attempts=shard.attempts, manifest=shard.manifest, signature=shard.signature,
         public_key=node.public_key, loss=shard.loss, shared_loss=shard.shared_loss)  # fmt: skip
 
 
-def _view(row: Partition, shard: Any, lease: Lease | None, names: dict[str, str]) -> PartitionRecord:
+def _view(row: Any, shard: Any, lease: Any, names: dict[str, str]) -> PartitionRecord:
     claim = shard if shard is not None else lease
     node_id = "" if claim is None else str(claim.node_id)
-    state: PartitionState = row.state  # type: ignore[assignment]
+    state: PartitionState = row.state
     return PartitionRecord(
         id=row.id, state=state, tokens=row.tokens, shared_loss=row.shared_loss,
         loss=None if shard is None else shard.loss, decided_at=None if shard is None else shard.decided_at,

@@ -38,6 +38,8 @@ class Limits:
     bytes_in_flight: int = 1 << 30
     """Of all transfers that run at one time; a single one may be larger. A node of ours has one, and for half a minute
     a second one, after its connection broke in silence."""
+    transfers: int = 128
+    """That run at one time, of all nodes together: each holds one of the server's threads."""
     retry_seconds: float = 5.0
     """When a transfer that was too much may be tried again."""
 
@@ -55,6 +57,7 @@ class Quotas:
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted
         self._flying: dict[str, int] = {}
+        self._transfers = 0
 
     def call(self, node_id: str) -> None:
         """Count a call of a node that is known (a stranger would fill the memory with names).
@@ -76,18 +79,22 @@ class Quotas:
         """Count the bytes of a transfer while it runs.
 
         Raises:
-            QuotaError: other transfers of the node run, and with this one it would be too much.
+            QuotaError: other transfers of the node run, and with this one it would be too much; or too many run of all nodes.
         """
         with self._lock:
+            if self._transfers >= self._limits.transfers:
+                raise QuotaError(f"The coordinator is busy with {self._transfers} transfers.", self._limits.retry_seconds)
             flying = self._flying.get(node_id, 0)
             if flying and flying + size > self._limits.bytes_in_flight:
                 raise QuotaError(f"This node has {flying:,} bytes on their way, and {size:,} more are over the limit of "
                                  f"{self._limits.bytes_in_flight:,}.", self._limits.retry_seconds)  # fmt: skip
             self._flying[node_id] = flying + size
+            self._transfers += 1
         try:
             yield
         finally:
             with self._lock:
+                self._transfers -= 1
                 self._flying[node_id] -= size
                 if not self._flying[node_id]:
                     del self._flying[node_id]

@@ -177,9 +177,10 @@ def _header(context: grpc.ServicerContext, name: str) -> Any:
 
 def _chunks(first: pb.UploadRequest, rest: Iterator[pb.UploadRequest]) -> Iterator[bytes]:
     for message in itertools.chain((first,), rest):
-        if len(message.data) > CHUNK_BYTES:
+        data = message.data  # Each look at it makes another copy.
+        if len(data) > CHUNK_BYTES:
             raise InvalidRequestError(f"A chunk has at most {CHUNK_BYTES:,} bytes.")
-        yield message.data
+        yield data
 
 
 def _machine(message: pb.MachineProfile) -> Machine:

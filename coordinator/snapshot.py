@@ -17,13 +17,12 @@ from coordinator.estimate import estimate
 from coordinator.records import TRAINING, NodeRecord, PartitionRecord
 from coordinator.state import State
 from forge.config import RunConfig
+from forge.evaluate.table import shares
 from forge.files import RunDirectory
 from forge.vocabulary import STAGES
 
 #: Nodes that are listed, those heard of last.
 MAX_NODES_SHOWN = 200
-#: Cells of the router's heat map above which it is left out: some 2 MB of JSON.
-MAX_ROUTER_CELLS = 300_000
 
 Json = dict[str, Any]
 
@@ -47,7 +46,7 @@ class Snapshots:
         self._lock = threading.Lock()
         self._run_id = run.run_id
         self._stamp: tuple[int, float] | None = None
-        self._measured: Json = {"evaluations": [], "baseline": None, "router": None}
+        self._measured: Json = {"evaluations": [], "baseline": None, "router": None, "contributions": []}
         self._topics: list[Json] | None = None
         self._stages: dict[str, Json] = {}
 
@@ -75,6 +74,7 @@ class Snapshots:
             "estimate": {"seconds": finite(how_long.seconds), "until": how_long.until, "because": how_long.because},
             "quality": _quality(measured),
             "experts": [_expert(partition, config) for partition in partitions],
+            "contributors": _contributors(partitions, measured["contributions"]),
             "nodes": self._nodes(partitions),
             "evaluations": measured["evaluations"],
             "baseline": measured["baseline"],
@@ -95,7 +95,8 @@ class Snapshots:
                 return _point(experts, final, at, row)
 
             evaluations = self._state.read_evaluations(point)
-            self._measured = {"evaluations": evaluations, "baseline": _baseline(newest[1]), "router": _router(newest[1])}
+            self._measured = {"evaluations": evaluations, "baseline": _baseline(newest[1]), "router": _router(newest[1]),
+                              "contributions": newest[1].get("contributions") or []}  # fmt: skip
             self._stamp = stamp
         return self._measured
 
@@ -167,6 +168,16 @@ def _node(node: NodeRecord, work: PartitionRecord | None) -> Json:
     }  # fmt: skip
 
 
+def _contributors(partitions: list[PartitionRecord], contributions: list[Json]) -> list[Json]:
+    """Who trained the accepted experts, the largest contribution first; as the newest evaluation measured it."""
+    measured = {row["expert"]: finite(row["nats"]) for row in contributions}
+    owners = {partition.id: (partition.node_id, partition.node_name)
+              for partition in partitions if partition.state == "accepted"}  # fmt: skip
+    return [{"node_id": node_id, "name": name, "nats": finite(share.nats),
+             "experts": [{"partition": expert, "nats": measured.get(expert)} for expert in share.experts]}
+            for (node_id, name), share in shares(owners, contributions)]  # fmt: skip
+
+
 def _point(experts: int, final: bool, at: float, row: Json) -> Json:
     return {"experts": experts, "final": final, "at": round(at, 1), "mean_perplexity": finite(row.get("mean_perplexity")),
             "pooled_perplexity": finite(row.get("pooled_perplexity")),
@@ -196,7 +207,7 @@ def _router(row: Json) -> Json | None:
     if not report or not report.get("layers"):
         return None
     layers = report["layers"]
-    if len(layers) * sum(map(len, layers[0]["matrix"])) > MAX_ROUTER_CELLS:
+    if "matrix" not in layers[0]:
         layers = []
     return {"token_accuracy": finite(report["token_accuracy"]), "tokens": report["tokens"],
             "layers": [{"token_accuracy": finite(layer["token_accuracy"]),

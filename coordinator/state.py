@@ -115,13 +115,13 @@ class State(Ledger):
         Raises:
             ProtocolError: there is none, or it is another node's.
         """
-        with self._database.transaction() as session:
+        with self._database.reading() as session:
             return _lease(_own(session, lease_id, node_id))
 
     def heartbeat(self, lease_id: str, node_id: str, progress: dict[str, Any]) -> tuple[Order, str]:
         """Rules H and V: keep a lease and note its progress; what the node should do, and why."""
         now = self._clock()
-        with self._database.transaction() as session:
+        with self._database.transaction(durable=False) as session:  # A coordinator that starts renews every lease.
             self._expire(session, now)
             lease = session.get(Lease, lease_id)
             if lease is None or lease.node_id != node_id:
@@ -214,7 +214,7 @@ class State(Ledger):
     def counts(self) -> Counts:
         """How many partitions are in which state."""
         now = self._clock()
-        with self._database.transaction() as session:
+        with self._database.transaction(durable=False) as session:
             self._expire(session, now)
             held = {state: n for state, n in session.execute(
                 select(Partition.state, func.count()).group_by(Partition.state)).all()}  # fmt: skip
@@ -275,10 +275,11 @@ class State(Ledger):
     def _choose(self, session: Session, node_id: str, preferred: Sequence[int]) -> Partition | None:
         rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
         rejections = {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
-        free = session.scalars(select(Partition).where(Partition.state == "open"))
-        allowed = [partition for partition in free if rejections.get(partition.id, 0) < MAX_REJECTIONS]
-        return min(allowed, default=None, key=lambda partition: (
-            partition.id not in preferred, rejections.get(partition.id, 0), partition.id))  # fmt: skip
+        free = session.scalars(select(Partition.id).where(Partition.state == "open"))
+        allowed = [partition for partition in free if rejections.get(partition, 0) < MAX_REJECTIONS]
+        chosen = min(allowed, default=None, key=lambda partition: (
+            partition not in preferred, rejections.get(partition, 0), partition))  # fmt: skip
+        return None if chosen is None else _partition(session, chosen)
 
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)

@@ -154,20 +154,15 @@ class Chat:
             self._go_on(line)
 
     def _go_on(self, line: str) -> None:
-        from forge.evaluate.generate import DEFAULT_TOKENS, encode_prompt, pieces, tokens
-        from forge.vocabulary import END_OF_TEXT
+        from forge.evaluate.generate import go_on
 
         text = self._text + ("\n" if self._text and line and not self._text.endswith("\n") else "") + line
-        context = self._model.config.max_seq_len
-        room = self._sampling.max_tokens or min(DEFAULT_TOKENS, context // 2)
-        ids = encode_prompt(self._tokenizer, text)
-        kept = ids[-max(1, context - room) :]
-        sampling = replace(self._sampling, max_tokens=room, seed=self._sampling.seed + self._turn)
+        sampling = replace(self._sampling, seed=self._sampling.seed + self._turn)
+        pieces, left_out = go_on(self._model, self._tokenizer, text, sampling)
         said: list[str] = []
 
         def listened() -> Iterable[Piece]:
-            end = self._tokenizer.token_to_id(END_OF_TEXT)
-            for piece in pieces(self._tokenizer, tokens(self._model, kept, sampling, end)):
+            for piece in pieces:
                 said.append(piece.text)
                 yield piece
 
@@ -175,9 +170,9 @@ class Chat:
             self._voice.speak(listened())
         except KeyboardInterrupt:
             click.echo("(stopped)", err=True)
-        if len(kept) < len(ids):
-            click.echo(f"(the text is longer than the model's context of {context}: its first {len(ids) - len(kept)} tokens "
-                       "were left out)", err=True)  # fmt: skip
+        if left_out:
+            click.echo(f"(the text is longer than the model's context of {self._model.config.max_seq_len}: its first "
+                       f"{left_out} tokens were left out)", err=True)  # fmt: skip
         self._text, self._turn = text + "".join(said), self._turn + 1
 
     def _reset(self, arguments: list[str]) -> None:

@@ -173,10 +173,13 @@ def verify(target: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--data", default=None, metavar="SOURCE", help="Text to measure the model on: any source of `data.source`.")
+@click.option("--contributions", is_flag=True, help="Measure only what each expert of a run contributes, and who it is from.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
-def evaluate(target: Path, data: str | None, as_json: bool) -> None:
+def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool) -> None:
     """Measure a run directory on its held-out documents, or a model directory on --data."""
+    if data is not None and contributions:
+        raise ConfigError("--contributions measures a run on its own held-out documents: leave --data out.")
     if data is None:
         from forge import pipeline
         from forge.files import RunDirectory
@@ -185,6 +188,14 @@ def evaluate(target: Path, data: str | None, as_json: bool) -> None:
             raise StorageError(f"{target} is not a run directory: give one, or a model directory with --data SOURCE.")
         if RunDirectory(target).marker("publish") is None:
             raise StorageError(f"The run in {target} has no assembled model yet: run `forge train` on it first.")
+        if contributions:
+            from forge.checkpoint.assembly import credited
+            from forge.evaluate.table import contribution_lines
+
+            rows = pipeline.call("contributions", {"run_dir": str(target)}, Printer())["contributions"]
+            click.echo(json.dumps(rows, indent=2) if as_json else
+                       "\n".join(contribution_lines(rows, credited(target / "model"))))  # fmt: skip
+            return
         row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, Printer())
         if as_json:
             click.echo(json.dumps(row, indent=2))

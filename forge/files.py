@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 (hex) of a file, read in chunks of 1 MiB.
+    """sha256 (hex) of a file, read in chunks.
 
     Raises:
         StorageError: the file cannot be read.

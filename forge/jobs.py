@@ -33,10 +33,13 @@ _SAMPLE_SECONDS = 0.25
 _SOFT_SHARE = 0.97
 #: A progress event is written at most this often, in seconds.
 _PROGRESS_SECONDS = 0.5
-#: glibc gives blocks of this size back as soon as they are freed, instead of keeping a heap with holes: training an expert
-#: of the default size took 288 MB above its imports instead of 377, and its plan can be exact. Huge pages win back half
-#: of the time that this costs (docs/log.md). Other C libraries ignore it.
-_ALLOCATOR = f"glibc.malloc.mmap_threshold={1 << 18}:glibc.malloc.hugetlb=1"
+#: Unless it has one of these: the plan of a training phase, or a piece of a generated text.
+_NEVER_DROPPED = {"plan", "piece"}
+#: How glibc keeps memory; other C libraries ignore it. Most jobs give blocks of this size back as soon as they are freed,
+#: instead of keeping a heap with holes, so that their predictions can be exact. Training takes and frees the same blocks
+#: for every micro-batch, and the page faults would cost half of its speed: it keeps what it had (docs/log.md).
+_GIVE_BACK = f"glibc.malloc.mmap_threshold={1 << 18}:glibc.malloc.hugetlb=1"
+_KEEP = f"glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.hugetlb=1"
 
 Progress = Callable[..., None]
 
@@ -52,7 +55,7 @@ class Job:
     """Work in a child process, and in a next one with a smaller plan whenever one outgrows its memory.
 
     Args:
-        name: `stage`, `train-expert`, `validate` or `evaluate`.
+        name: one of `forge.pipeline.JOBS`.
         arguments: the job's arguments; JSON values only. `ram_bytes` among them is what training plans with.
         threads: threads that torch may use; None leaves torch's choice.
         log: file that the child's stderr is appended to; None inherits this process's.
@@ -67,7 +70,8 @@ class Job:
         self.name = name
         self.peak_rss = 0
         self._arguments, self._ram_bytes = dict(arguments), ram_bytes
-        self._environment = {"GLIBC_TUNABLES": _ALLOCATOR, **os.environ, "PYTHONUNBUFFERED": "1"}
+        training = name == "train-expert" or arguments.get("stage") == "shared"
+        self._environment = {"GLIBC_TUNABLES": _KEEP if training else _GIVE_BACK, **os.environ, "PYTHONUNBUFFERED": "1"}
         if threads is not None:
             self._environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         self._log = log
@@ -287,7 +291,7 @@ def main() -> None:
     def progress(**fields: Any) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _PROGRESS_SECONDS or fields.get("step") == fields.get("steps") or "plan" in fields:
+        if now - last >= _PROGRESS_SECONDS or fields.get("step") == fields.get("steps") or _NEVER_DROPPED & fields.keys():
             last = now
             emit(_progress_event(**fields))
 

@@ -127,9 +127,33 @@ def run_evaluation(arguments: dict[str, Any], progress: Progress, should_stop: S
     return evaluate_run(RunDirectory(Path(arguments["run_dir"])), final=bool(arguments["final"]), progress=progress)
 
 
+def run_contributions(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `contributions`: measure what each expert of the assembled model contributes, and nothing else."""
+    from forge.evaluate.stage import contributions_of
+
+    return contributions_of(RunDirectory(Path(arguments["run_dir"])))
+
+
+def run_generation(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `generate`: continue a text with the assembled model; every piece of it is an event."""
+    from forge.evaluate.generate import Sampling, go_on
+    from forge.evaluate.text import read_tokenizer
+    from forge.model.moe import MixtureLM
+
+    directory = RunDirectory(Path(arguments["run_dir"])).model
+    model, tokenizer = MixtureLM.load(directory), read_tokenizer(directory)
+    pieces, left_out = go_on(model, tokenizer, arguments["prompt"], Sampling(seed=arguments["seed"]))
+    tokens = 0
+    for piece in pieces:
+        tokens += piece.tokens
+        progress(stage="generate", step=tokens, piece=piece._asdict())
+    return {"tokens": tokens, "left_out": left_out}
+
+
 #: Name of a job -> what the child process runs.
 JOBS: dict[str, Callable[[dict[str, Any], Progress, ShouldStop], dict[str, Any]]] = {
     "stage": run_stage, "train-expert": run_expert, "validate": run_validation, "evaluate": run_evaluation,
+    "contributions": run_contributions, "generate": run_generation,
 }  # fmt: skip
 
 

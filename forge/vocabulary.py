@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Final
 
 #: Version of the wire contract; a node and a coordinator must agree on it.
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 #: Version of the shard format, written into every shard's metadata.
 SHARD_FORMAT_VERSION: Final = "1"
 #: Default address of a coordinator.
 DEFAULT_PORT: Final = 7433
 #: Default port of its dashboard, on loopback.
 DASHBOARD_PORT: Final = 7473
-#: Bytes of one message of a transfer. gRPC's default cap of 4 MiB stays as it is.
-CHUNK_BYTES: Final = 1 << 20
+#: Bytes of one message of a transfer: a cut line loses at most so many. Larger ones are slower (they leave the processor's caches
+#: between two layers) and cost the coordinator more memory; smaller ones cost more Python (`benchmarks/transfer.py`).
+CHUNK_BYTES: Final = 256 << 10
 
 #: Stages of the pipeline in order. The first five end with a marker `stages/NAME.json`.
 STAGES: Final = ("prepare", "shared", "partition", "router", "publish")

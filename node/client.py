@@ -8,6 +8,7 @@ about progress (no answer to a small question, no bytes of a stream), never abou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import hashlib
 import os
 from pathlib import Path
 import threading
@@ -171,11 +172,13 @@ class FleetClient:
                     part.unlink()
                     held = 0
                 part.touch()
+            begun, digest = held, hashlib.sha256()
             while held < size:
                 offset = held
-                held = self._retry(
-                    f"for the file {sha256[:12]}", lambda at=offset: self._fetch(sha256, size, part, at, on_bytes))  # type: ignore[misc]
-            if hash_file(part) == sha256:
+                held = self._retry(f"for the file {sha256[:12]}", lambda at=offset, into=digest: self._fetch(  # type: ignore[misc]
+                    sha256, size, part, at, into, on_bytes))
+            # Hashed as it came; what was there before is read again.
+            if (hash_file(part) if begun else digest.hexdigest()) == sha256:
                 with storage_errors(target):
                     os.replace(part, target)
                 return
@@ -278,17 +281,20 @@ class FleetClient:
         self._join_once()
         return attempt()
 
-    def _fetch(self, sha256: str, size: int, part: Path, offset: int, on_bytes: OnBytes | None) -> int:
-        """Append to `part` what one stream brings; returns the bytes held. A cut after some bytes is no error."""
+    def _fetch(self, sha256: str, size: int, part: Path, offset: int, digest: hashlib._Hash,
+               on_bytes: OnBytes | None) -> int:  # fmt: skip
+        """Append to `part`, and to `digest`, what one stream brings; returns the bytes held. A cut after some is no error."""
         held = offset
         call: Any = self._stub.FetchBlob(pb.FetchBlobRequest(sha256=sha256, offset=offset), metadata=self._metadata())
         with Watchdog(call, self._patience.stream) as watchdog, storage_errors(part), open(part, "ab") as file:
             try:
                 for message in call:
                     watchdog.alive()
-                    file.write(message.data)
-                    self._down.take(len(message.data), watchdog.alive)
-                    held += len(message.data)
+                    data = message.data  # Each look at it makes another copy.
+                    file.write(data)
+                    digest.update(data)
+                    self._down.take(len(data), watchdog.alive)
+                    held += len(data)
                     if on_bytes is not None:
                         on_bytes(held, size)
                     if held > size:

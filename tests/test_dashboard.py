@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+import psutil
 import pytest
 from safetensors.numpy import save
 
@@ -27,7 +28,8 @@ from tests.coordinator.fakes import FakeNode, until
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 #: Milliseconds that a step may take: a job imports torch first, on a machine that does other things.
 PATIENCE = 60_000
-OVERRIDES = ("fleet.lease_seconds=2", "train.expert.tokens=80000", "router.tokens=2000")
+OVERRIDES = ("fleet.lease_seconds=2", "train.expert.tokens=160000", "train.batch_size=1", "router.tokens=2000",
+             "evaluation.tokens=4096")  # So many that contributions are measured after each shard.
 EVIL_NAME = "<img src=x onerror=alert(1)>"
 #: What Chromium itself says on the console while nobody listens at the address.
 AWAY = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
@@ -143,6 +145,8 @@ def test_a_person_watches_a_run(fleet: Fleet, browser: Browser) -> None:
     watched.until_points("by-experts", 0)
     watched.sees("#topics li")
     watched.sees("#router rect")
+    expect(watched.page.locator("#asked")).to_have_text("The model can be asked when the first shard is accepted.")
+    assert watched.page.locator("#go").is_disabled()
     assert watched.complaints == []
 
     _hand_in_nonsense(fleet, watched)
@@ -150,11 +154,13 @@ def test_a_person_watches_a_run(fleet: Fleet, browser: Browser) -> None:
     _train_one(fleet, watched)
     shown, told = watched.page.locator("#quality").inner_text(), fleet.status()["quality"]
     assert shown.startswith(f"{told['mean_perplexity']:.2f}") and told["experts"] == 1
+    _ask(fleet, watched)
     for width, scheme in ((390, "dark"), (1200, "light")):
         watched.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         watched.page.set_viewport_size({"width": width, "height": 800})
         assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
-    assert {url.split("?")[0] for url in watched.asked} == {f"http://{fleet.page}/", f"http://{fleet.page}/events"}
+    parts = ("", "page.css", "page.js", "prompt.js", "events", "prompt")
+    assert {url.split("?")[0] for url in watched.asked} == {f"http://{fleet.page}/{part}" for part in parts}
     assert [complaint for complaint in watched.complaints if not any(word in complaint for word in AWAY)] == []
 
 
@@ -193,6 +199,43 @@ def _train_one(fleet: Fleet, watched: Watched) -> None:
     watched.sees('.cell[data-shows="accepted"]', "laptop")
     assert watched.until_points("by-experts", before) == before + 1
     watched.sees("#change", "below the shared components alone")
+
+
+def _ask(fleet: Fleet, watched: Watched) -> None:
+    """The model goes on with a text, each piece in its expert's colour; who trained that expert leads the board."""
+    watched.sees("#contributors tbody .bar")
+    (leader,) = fleet.status()["contributors"]
+    watched.sees("#contributors tbody tr", "laptop")
+    watched.sees("#contributors tbody tr", f"{leader['nats']:+.4f}")
+    before = _coordinator_memory(fleet)
+    watched.page.locator("#prompt").fill("The sail and the")
+    watched.page.locator("#go").click()
+    watched.sees("#go", "Stop")
+    watched.sees("#answer .said")
+    watched.sees("#asked", "token")
+    watched.sees("#go", "Go on")
+    pieces = watched.page.locator("#answer .said").evaluate_all(
+        "spans => spans.map(span => [span.dataset.expert, getComputedStyle(span).backgroundColor])")  # fmt: skip
+    assert len(pieces) == int(watched.page.locator("#asked").inner_text().split()[0]) > 8
+    colours = dict(pieces)
+    assert all(colours[expert] == colour for expert, colour in pieces) and len(set(colours.values())) == len(colours)
+    topics = {str(topic["partition"]): topic["words"] for topic in fleet.status()["topics"]}
+    for entry in watched.page.locator("#spoke > span").all():
+        expert = str(entry.get_attribute("data-expert"))
+        assert expert in colours and topics[expert][0] in entry.inner_text()
+    assert watched.page.locator("#answer").inner_text().startswith("The sail and the")
+    assert _coordinator_memory(fleet) - before < 20 << 20
+    watched.page.locator("#go").click()
+    watched.page.locator("#go", has_text="Stop").click()
+    watched.sees("#asked", "Stopped.")
+    watched.page.locator("#go", has_text="Go on").click()  # Waits until the stopped one has ended.
+    watched.sees("#answer .said")
+    watched.sees("#asked", "token")
+
+
+def _coordinator_memory(fleet: Fleet) -> int:
+    """Resident bytes of the coordinator's own process, which never imports torch."""
+    return psutil.Process(json.loads((fleet.run_dir / "coordinator.json").read_text())["pid"]).memory_info().rss
 
 
 def _free_port() -> int:

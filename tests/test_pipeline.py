@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 import random
+import shutil
 from typing import Any
 
+from click.testing import CliRunner
 import pytest
+from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forge import pipeline
 from forge.checkpoint.assembly import arrived, start
+from forge.cli import main
 from forge.config import RunConfig, load_config
 from forge.errors import StorageError
 from forge.evaluate.perplexity import measure
@@ -136,6 +140,53 @@ def test_the_mixture_beats_the_shared_components(finished: dict[str, Any]) -> No
         assert (finished["run"].reports / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_contribution_is_what_transformers_loses_without_the_expert(finished: dict[str, Any], tmp_path: Path) -> None:
+    """The checkpoint with the shared FFN's weights under the expert's names, against the one that the run made."""
+    run, measured = finished["run"], finished["row"]["contributions"]
+    assert [row["expert"] for row in measured] == [0, 1, 2] and max(row["nats"] for row in measured) > 0.01
+    windows = [list(_test_windows(run, partition)) for partition in range(3)]
+    whole = _mean_loss(run.model, windows)
+    assert whole == pytest.approx(finished["row"]["rivals"]["ours"]["mean_loss"], abs=1e-5)
+    published = run.marker("publish")
+    ffn = load_file(run.blobs.path(published["shared_ffn"]["sha256"]))
+    for row in measured:
+        copy = shutil.copytree(run.model, tmp_path / f"without-{row['expert']}")
+        name = f"block_sparse_moe.experts.{row['expert']}."
+        (copy / expert_file(row["expert"])).unlink()
+        save_file({key.replace("mlp.", name): value for key, value in ffn.items()}, copy / expert_file(row["expert"]),
+                  {"format": "pt"})  # fmt: skip
+        without = _mean_loss(copy, windows)
+        assert row["loss_without"] == pytest.approx(without, abs=1e-5)
+        assert row["nats"] == pytest.approx(without - whole, abs=1e-5)
+
+
+def test_contributions_are_measured_again_from_the_run_directory(finished: dict[str, Any]) -> None:
+    run, before = finished["run"], (finished["run"].reports / "evaluation.json").read_bytes()
+    again = CliRunner().invoke(main, ["evaluate", str(run.root), "--contributions", "--json"])
+    assert json.loads(again.output) == finished["row"]["contributions"]
+    assert (run.reports / "evaluation.json").read_bytes() == before
+    shown = CliRunner().invoke(main, ["evaluate", str(run.root), "--contributions"]).output.splitlines()
+    best = max(finished["row"]["contributions"], key=lambda row: row["nats"])
+    assert shown[2].split() == ["expert", str(best["expert"]), f"{best['nats']:.4f}"]
+    together = sum(row["nats"] for row in finished["row"]["contributions"])
+    assert shown[-1].split() == f"this machine {together:.4f} experts 0, 1, 2".split()
+
+
+def _mean_loss(model_dir: Path, windows: list[list[Any]]) -> float:
+    """What transformers gives a checkpoint: nats a token, mean of the partitions."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    losses = []
+    for partition in windows:
+        nats = 0.0
+        for window in partition:
+            tokens_T = torch.tensor([int(token) for token in window])
+            with torch.inference_mode():
+                logits_TV = model(tokens_T[None, :-1]).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits_TV, tokens_T[1:], reduction="sum").item()
+        losses.append(nats / sum(len(window) - 1 for window in partition))
+    return sum(losses) / len(losses)
+
+
 def test_the_same_run_again_trains_nothing(finished: dict[str, Any]) -> None:
     stages: list[str] = []
     pipeline.run_all(finished["run"].root, finished["config"], ram_bytes=4 << 30, threads=1, device="cpu",
@@ -155,8 +206,6 @@ def test_a_shard_of_another_run_is_rejected(finished: dict[str, Any], tmp_path: 
 
 def test_a_placeholder_is_no_better_than_the_shared_components(finished: dict[str, Any], tmp_path: Path) -> None:
     """The untouched copy of the shared FFN is a valid file and must still be refused."""
-    from safetensors.torch import load_file
-
     from forge.checkpoint.shard import write_shard
     from forge.evaluate.validation import validate_shard
     from forge.model import names

@@ -25,6 +25,7 @@ from forge.checkpoint.shard import write_shard
 from forge.errors import BY_CODE
 from forge.files import RunDirectory, hash_file
 from forge.invitation import Invitation
+from forge.vocabulary import PROTOCOL_VERSION
 from node.cache import Cache, Submission
 from node.client import FleetClient
 from node.identity import Identity
@@ -286,8 +287,9 @@ def test_a_coordinator_of_another_version(fleet: Fleet) -> None:
     other = ("import forge.vocabulary as words; words.PROTOCOL_VERSION = 99; from node.cli import main; "
              f"main(['join', '{fleet.token}', '--ram', '1G', '--data-dir', 'other'])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", other], cwd=fleet.desk, capture_output=True, text=True)
-    is_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "protocol", "coordinator speaks version 1",
-                    "this node version 99", "install the same version")  # fmt: skip
+    is_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "protocol",
+                    f"coordinator speaks version {PROTOCOL_VERSION}", "this node version 99",
+                    "install the same version")  # fmt: skip
     assert set(tree(fleet.desk / "other")) == {"node.key", "node.lock"}
 
 

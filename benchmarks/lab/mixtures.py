@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.lab.phases import State
 from benchmarks.lab.setting import OUTSIDE, TEST, Setting

@@ -1,18 +1,16 @@
-"""What the dashboard answers: the page, its events, `/healthz` and `/metrics`. All of it is read-only.
+"""What the dashboard answers: the page, its events, `/healthz`, `/metrics`, and questions to the model. Nothing changes a run.
 
 A page of another site may reach a loopback address through the reader's own browser, so the names that a request may
-use for this machine are checked (DNS rebinding), and so is where a request for events comes from.
+use for this machine are checked (DNS rebinding), and so is where a request for events or for an answer comes from.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import Callable, Iterable
-import hashlib
+from collections.abc import Awaitable, Callable, Iterable
 from importlib import resources
 import logging
-import re
+import math
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,16 +18,24 @@ from urllib.parse import urlsplit
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.dashboard import metrics
 from coordinator.dashboard.feed import Feed
+from coordinator.dashboard.prompt import PROMPT_PATH, Prompts, disconnected
+from coordinator.jobs import RunJob
 from coordinator.snapshot import Json
 from forge.errors import ForgeError
 
 EVENTS_PATH = "/events"
+#: Path -> file of this package and its type.
+FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
+         "/page.js": ("page.js", "text/javascript"), "/prompt.js": ("prompt.js", "text/javascript")}  # fmt: skip
+#: What a page may do: take script and style from where it came from, and read events and answers there.
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+          "form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 #: Pages that may watch at the same time; each costs a task and at most one event of memory.
 MAX_CLIENTS = 32
 #: Seconds between two looks at the run while somebody watches.
@@ -47,20 +53,22 @@ class Pages:
 
     Args:
         take: takes a snapshot of the run; called in a thread.
+        run_job: has the model speak; called in a thread.
+        run_dir: the run directory.
         clock: monotonic seconds.
     """
 
-    def __init__(self, take: Callable[[], Json], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, take: Callable[[], Json], run_job: RunJob, run_dir: str,
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self._take, self._clock = take, clock
         self._feed = Feed()
         self._looking = asyncio.Lock()
-        self._looked_at = -LOOK_SECONDS
+        self._look_again_at = -math.inf
         self._snapshot: Json | None = None
         self._clients = 0
-        self._html = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-        self._policy = content_security_policy(self._html)
         #: Set when the coordinator is being stopped: the streams end, so that the server can.
         self.closing = asyncio.Event()
+        self._prompts = Prompts(run_job, run_dir, self._look, self.closing)
 
     def app(self, allowed_hosts: Iterable[str] | None) -> ASGIApp:
         """The ASGI application.
@@ -68,12 +76,11 @@ class Pages:
         Args:
             allowed_hosts: names that a request may address; None accepts any.
         """
-        routes = [Route("/", self._page), Route("/healthz", self._health), Route("/metrics", self._metrics),
-                  Route(EVENTS_PATH, _Endpoint(self._events), methods=["GET"])]  # fmt: skip
-        return Guard(Starlette(routes=routes), self._policy, None if allowed_hosts is None else frozenset(allowed_hosts))
-
-    async def _page(self, request: Request) -> Response:
-        return HTMLResponse(self._html)
+        files = [Route(path, _file(*file)) for path, file in FILES.items()]
+        routes = [*files, Route("/healthz", self._health), Route("/metrics", self._metrics),
+                  Route(EVENTS_PATH, _Own(self._events), methods=["GET"]),
+                  Route(PROMPT_PATH, _Own(self._prompts), methods=["POST"])]  # fmt: skip
+        return Guard(Starlette(routes=routes), None if allowed_hosts is None else frozenset(allowed_hosts))
 
     async def _health(self, request: Request) -> Response:
         snapshot = await self._look()
@@ -83,9 +90,12 @@ class Pages:
         return Response(metrics.exposition(await self._look()), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _look(self) -> Json:
-        """The newest snapshot, at most `LOOK_SECONDS` old; an older one while the database cannot be read."""
+        """The newest snapshot, at most `LOOK_SECONDS` old, or ten times what it took to take; an older one while the database
+        cannot be read.
+        """
         async with self._looking:
-            if self._snapshot is None or self._clock() - self._looked_at >= LOOK_SECONDS:
+            if self._snapshot is None or self._clock() >= self._look_again_at:
+                began = self._clock()
                 try:
                     self._snapshot = await asyncio.to_thread(self._take)
                     self._feed.update(self._snapshot)
@@ -93,19 +103,16 @@ class Pages:
                     if self._snapshot is None:
                         raise
                     _log.warning("the dashboard shows an older state: %s", error)
-                self._looked_at = self._clock()
+                self._look_again_at = self._clock() + max(LOOK_SECONDS, 9 * (self._clock() - began))
             return self._snapshot
 
     async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        if not _same_origin(headers):
-            return await PlainTextResponse("A page of another site may not read this.\n", 403)(scope, receive, send)
         if self._clients >= MAX_CLIENTS:
             answer = PlainTextResponse(f"{MAX_CLIENTS} pages watch already: close one.\n", 503, {"retry-after": "10"})
             return await answer(scope, receive, send)
-        after = headers.get("last-event-id") or QueryParams(scope["query_string"]).get("after", "")
+        after = Headers(scope=scope).get("last-event-id") or QueryParams(scope["query_string"]).get("after", "")
         self._clients += 1
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         closing = asyncio.ensure_future(self.closing.wait())
         try:
             await self._stream(send, after, {gone, closing})
@@ -131,13 +138,24 @@ class Pages:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _Endpoint:
-    """Makes an ASGI function a route's application; Starlette takes a bare function for one of requests."""
+def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    async def answer(request: Request) -> Response:
+        return Response(text, media_type=kind)
+
+    return answer
+
+
+class _Own:
+    """An ASGI function as a route's application, for pages of this dashboard and programs that are no browsers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _same_origin(Headers(scope=scope)):
+            return await PlainTextResponse("A page of another site may not ask for this.\n", 403)(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -146,14 +164,13 @@ class Guard:
 
     Args:
         app: what answers.
-        policy: the Content-Security-Policy.
         allowed_hosts: names that a request may address; None accepts any.
     """
 
-    def __init__(self, app: ASGIApp, policy: str, allowed_hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, allowed_hosts: frozenset[str] | None) -> None:
         self._app, self._allowed = app, allowed_hosts
         self._headers = {
-            "content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+            "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
             "x-frame-options": "DENY", "cross-origin-resource-policy": "same-origin",
             "cross-origin-opener-policy": "same-origin", "cache-control": "no-store",
             "connection": "close",  # One request a connection: an idle one holds no place.
@@ -182,17 +199,6 @@ def host_name(header: str) -> str:
     return name.removeprefix("[").removesuffix("]").rstrip(".")
 
 
-def content_security_policy(html: str) -> str:
-    """The policy that lets exactly this page's one script and one style run, and events be read from where it came from."""
-    (script,), (style,) = (re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL) for tag in ("script", "style"))
-    return (f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def _same_origin(headers: Headers) -> bool:
     """Whether a request is this page's own, or of a program that is no browser."""
     origin = headers.get("origin")
@@ -200,7 +206,3 @@ def _same_origin(headers: Headers) -> bool:
         return False
     return headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -24,6 +24,7 @@ class Feed:
     _version: int = 0
     _now: float = 0.0
     _sections: dict[str, tuple[int, str]] = field(default_factory=dict)
+    _objects: dict[str, Any] = field(default_factory=dict)
 
     def update(self, snapshot: Json) -> None:
         """Take a snapshot over. A curve is a section of its own: heartbeats change one at a time."""
@@ -31,7 +32,9 @@ class Feed:
         sections = {name: value for name, value in snapshot.items() if name not in ("now", "curves")}
         sections |= {f"curve {name}": points for name, points in snapshot["curves"].items()}
         for name, value in sections.items():
-            text = _compact(value)
+            if self._objects.get(name) is value is not None:
+                continue  # The very same object: of a large run, evaluations alone would be a million numbers to write.
+            self._objects[name], text = value, _compact(value)
             if name not in self._sections or self._sections[name][1] != text:
                 self._version += 1
                 self._sections[name] = (self._version, text)

@@ -54,6 +54,17 @@ def _nodes(key: str) -> Callable[[Json], Iterator[Sample]]:
     return read
 
 
+def _contributions(snapshot: Json) -> Iterator[Sample]:
+    for node in snapshot["contributors"]:
+        yield {"node_id": node["node_id"], "node": node["name"]}, node["nats"]
+
+
+def _expert_contributions(snapshot: Json) -> Iterator[Sample]:
+    for node in snapshot["contributors"]:
+        for expert in node["experts"]:
+            yield {"expert": str(expert["partition"])}, expert["nats"]
+
+
 def _phase(snapshot: Json) -> Iterator[Sample]:
     for phase in PHASES:
         yield {"phase": phase}, phase == snapshot["phase"]["phase"]
@@ -100,6 +111,8 @@ SERIES = (
            _experts("loss")),
     Series("modularforge_expert_shared_loss_nats", "nats a token", "expert",
            "Held-out loss of the shared components alone on the partition.", _experts("shared_loss")),
+    Series("modularforge_expert_contribution_nats", "nats a token", "expert",
+           "By how much the loss rises with the shared FFN in the expert's place.", _expert_contributions),
     Series("modularforge_partition_tokens", "tokens", "expert", "Training tokens of the expert's partition.", _experts("tokens")),
     Series("modularforge_evaluated_experts", "experts", "", "Experts in the model that was evaluated last.",
            _one("quality", "experts")),
@@ -126,6 +139,8 @@ SERIES = (
            _nodes("ram_limit_bytes")),
     Series("modularforge_node_accepted_shards", "shards", "node_id, node", "Shards of the node that were accepted.",
            _nodes("accepted")),
+    Series("modularforge_node_contribution_nats", "nats a token", "node_id, node",
+           "What the node's accepted experts contribute, summed.", _contributions),
     Series("modularforge_node_rejected_shards", "shards", "node_id, node", "Shards of the node that were rejected.",
            _nodes("rejected")),
 )  # fmt: skip

@@ -16,14 +16,18 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coordinator.dashboard.app import EVENTS_PATH, MAX_CLIENTS, Pages
+from coordinator.dashboard.prompt import PROMPT_PATH
+from coordinator.jobs import RunJob
 from coordinator.snapshot import Json
 from forge.errors import NetworkError
 from forge.vocabulary import DASHBOARD_PORT
 
 #: Connections at the same time, watching pages included. The coordinator's file descriptors are the nodes' first.
 MAX_CONNECTIONS = MAX_CLIENTS + 32
-#: Seconds that a connection gets for its whole request and answer when it is no stream of events.
+#: Seconds that a connection gets for its whole request and answer when it is no stream.
 REQUEST_SECONDS = 20.0
+#: What may last; a question has a deadline of its own, its answer ends when the model has said so many tokens.
+STREAMS = (EVENTS_PATH, PROMPT_PATH)
 #: Seconds that a reader may let a full buffer (64 KiB and the event behind it) lie.
 STALL_SECONDS = 20.0
 #: Largest request head; a browser's has some 700 bytes.
@@ -71,7 +75,8 @@ class Dashboard:
         """What to tell whoever started the coordinator, in lines."""
         lines = [f"to watch:  {self.url}" + (f"  (port {DASHBOARD_PORT} is in use)" if self._moved else "")]
         if not self.loopback:
-            lines.append(f"WARNING: anybody who reaches port {self.port} of this machine can read the dashboard")
+            lines.append(f"WARNING: anybody who reaches port {self.port} of this machine can read the dashboard and ask the "
+                         "model")  # fmt: skip
         return lines
 
     @property
@@ -80,9 +85,9 @@ class Dashboard:
         local = {"0.0.0.0": LOOPBACK, "::": "[::1]"}
         return f"http://{local.get(self._host.strip('[]'), self._host)}:{self.port}/"
 
-    def start(self, take: Callable[[], Json]) -> None:
-        """Begin to answer with the snapshots that `take` takes."""
-        self._take = take
+    def start(self, take: Callable[[], Json], run_job: RunJob, run_dir: str) -> None:
+        """Begin to answer with the snapshots that `take` takes, and with what `run_job` has the model say."""
+        self._answers = take, run_job, run_dir
         self._thread.start()
         self._began.wait(10.0)
 
@@ -105,7 +110,7 @@ class Dashboard:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._pages = Pages(self._take)
+        self._pages = Pages(*self._answers)
         names = {*_LOCAL_NAMES, self._host.strip("[]").lower()} if self.loopback else None
         self._server = uvicorn.Server(uvicorn.Config(
             self._pages.app(names), http=_Connection, ws="none", loop="asyncio", lifespan="off", log_config=None,
@@ -146,7 +151,7 @@ class _Connection(H11Protocol):
             self._stall.cancel()
 
     def _time_is_up(self) -> None:
-        streaming = self.cycle is not None and self.scope["path"] == EVENTS_PATH and not self.cycle.response_complete
+        streaming = self.cycle is not None and self.scope["path"] in STREAMS and not self.cycle.response_complete
         if not streaming:
             self.transport.abort()
 

@@ -125,6 +125,17 @@ def placed(model_dir: Path) -> dict[int, str]:
     return {int(row["partition"]): str(row["sha256"]) for row in rows if row["sha256"] is not None}
 
 
+def credited(model_dir: Path) -> dict[int, str]:
+    """Partitions whose expert is in place -> name of the node that made it, as the manifest says.
+
+    Raises:
+        StorageError: the manifest cannot be read.
+    """
+    rows = _manifest(model_dir).get("experts", [])
+    return {int(row["partition"]): str(row.get("credit", {}).get("node_name") or "unnamed")
+            for row in rows if row["sha256"] is not None}  # fmt: skip
+
+
 def arrived(model_dir: Path) -> dict[int, str]:
     """Partitions whose expert has arrived -> sha256 of the shard that is in place.
 

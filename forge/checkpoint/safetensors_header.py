@@ -111,7 +111,7 @@ def header_bytes(tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]
 
 
 def write_renamed(source: Path, target: Path, rename: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-    """Copy a safetensors file under other tensor names: a new header, and the data in chunks of 1 MiB, atomically.
+    """Copy a safetensors file under other tensor names: a new header, and the data in chunks, atomically.
 
     Args:
         source: file to copy from.

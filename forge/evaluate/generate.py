@@ -10,7 +10,7 @@ Shape suffixes: V vocab_size, E n_experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 from typing import NamedTuple
 
@@ -106,6 +106,26 @@ def stream(model: MixtureLM, tokenizer: Tokenizer, prompt: str, sampling: Sampli
     """
     ids = encode_prompt(tokenizer, prompt)
     return pieces(tokenizer, tokens(model, ids, sampling, tokenizer.token_to_id(END_OF_TEXT)))
+
+
+def go_on(model: MixtureLM, tokenizer: Tokenizer, text: str, sampling: Sampling) -> tuple[Iterator[Piece], int]:
+    """Continue a text of any length until an end of text: of one that leaves no room, the beginning is left out.
+
+    Args:
+        model: the assembled model.
+        tokenizer: its tokenizer.
+        text: the text to continue; an empty one starts a new document.
+        sampling: how; None of `max_tokens` writes at most half a context.
+
+    Returns:
+        The pieces, as in `stream`, which raise the same; and how many tokens of the text were left out.
+    """
+    context = model.config.max_seq_len
+    room = sampling.max_tokens or min(DEFAULT_TOKENS, context // 2)
+    ids = encode_prompt(tokenizer, text)
+    kept = ids[-max(1, context - room) :]
+    new = tokens(model, kept, replace(sampling, max_tokens=room), tokenizer.token_to_id(END_OF_TEXT))
+    return pieces(tokenizer, new), len(ids) - len(kept)
 
 
 def pieces(tokenizer: Tokenizer, new: Iterable[Token]) -> Iterator[Piece]:

@@ -12,6 +12,7 @@ from forge.config import EvaluationConfig
 from forge.data.tokenizer import load_tokenizer
 from forge.data.tokens import TokenFile
 from forge.errors import DataError
+from forge.evaluate.contributions import contributions
 from forge.evaluate.explain import explain
 from forge.evaluate.generate import Sampling, generate
 from forge.evaluate.heldout import HeldOut, Measured
@@ -32,7 +33,8 @@ def _silent(**_: Any) -> None:
 
 def evaluate_model(
     model_dir: Path, test_files: Sequence[Path], tokenizer_path: Path, config: EvaluationConfig, *, final: bool,
-    shared: Measured | None = None, arrived: Sequence[int] | None = None, progress: Progress = _silent,
+    shared: Measured | None = None, arrived: Sequence[int] | None = None, shared_ffn: Path | None = None,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure an assembled model on the held-out documents of every partition.
 
@@ -44,13 +46,15 @@ def evaluate_model(
         final: whether to measure every expert alone, and to add samples.
         shared: losses of the shared components alone on the same windows, if known.
         arrived: the experts that have arrived; none for all of them.
+        shared_ffn: safetensors file of the shared FFN; without it no contribution is measured.
         progress: called as `progress(stage=, step=, steps=, message=)` after each partition.
 
     Returns:
         `experts` (how many have arrived), `arrived` (which) and `final`; `partitions`, each with `partition`, `tokens`,
         `loss` (nats a token), `perplexity`, `bits_per_byte` and `shared_loss`; the means of `perplexity.figures` over
         these, those of the shared components with the prefix `shared_`; `router` (see `RouterReport.result`);
-        `compared_tokens`, `rivals` and `matrix` (see `rivals.compare`); `explanation` (sentences); and with `final`
+        `compared_tokens`, `rivals` and `matrix` (see `rivals.compare`); `contributions` (see `contributions.contributions`;
+        before the end only if all of them cost no more than the evaluation); `explanation` (sentences); and with `final`
         `samples`. What was not measured is null.
 
     Raises:
@@ -81,6 +85,10 @@ def evaluate_model(
     progress(stage="evaluate", step=held_out.partitions, steps=held_out.partitions, message="comparing with its rivals")
     row |= compare(model, tokenizer, held_out, ours.compared, None if shared is None else shared.compared, arrived,
                    every=final)  # fmt: skip
+    row["contributions"] = None
+    if shared_ffn is not None and (final or model.config.n_experts <= held_out.stride):
+        progress(stage="evaluate", step=held_out.partitions, steps=held_out.partitions, message="taking one expert out at a time")
+        row["contributions"] = contributions(model, shared_ffn, held_out, arrived)
     row["explanation"] = explain(row)
     if final:
         row["samples"] = samples(model, tokenizer, held_out.files, config)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from forge.model.moe import Routing
 
+#: Cells of the matrices of all layers above which they are not kept with an evaluation: some 5 MB of JSON each time.
+MAX_CELLS = 300_000
+
 
 class RouterReport:
     """Sums over held-out tokens, a layer at a time; constant memory.
@@ -72,3 +75,11 @@ class RouterReport:
         ]
         mean = float(self._right_LP.sum() / total / max(len(layers), 1))
         return {"tokens": int(self._tokens_P.sum()), "token_accuracy": mean, "layers": layers}
+
+
+def kept(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as it is kept: without its matrices when they have more than `MAX_CELLS` cells."""
+    cells = sum(len(layer["matrix"]) * len(layer["load"]) for layer in report["layers"])
+    if cells <= MAX_CELLS:
+        return report
+    return report | {"layers": [{key: value for key, value in layer.items() if key != "matrix"} for layer in report["layers"]]}

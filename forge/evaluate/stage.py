@@ -8,12 +8,15 @@ from typing import Any
 
 from forge.checkpoint.assembly import arrived
 from forge.data.tokenizer import load_tokenizer
+from forge.evaluate.contributions import contributions
 from forge.evaluate.heldout import HeldOut, Measured
 from forge.evaluate.perplexity import Loss
 from forge.evaluate.plots import loss_curves, perplexity_plot, router_heat_map
 from forge.evaluate.report import evaluate_model
+from forge.evaluate.router_report import kept
 from forge.evaluate.validation import load_shared
 from forge.files import RunDirectory, read_json, write_json
+from forge.model.moe import MixtureLM
 from forge.train.loop import Progress
 from forge.vocabulary import END_OF_TEXT_ID
 
@@ -29,7 +32,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     published, config = run.marker("publish"), run.config
     assert published is not None, "the publish stage comes before"
     experts = sorted(arrived(run.model))
-    tests = [run.blobs.path(file["test"]["sha256"]) for file in published["partitions"]]
+    tests, shared_ffn = _published(run, published)
     tokenizer = run.data / "tokenizer.json"
     calibration = None
     if final and config.assembly.calibrate_norms:
@@ -43,12 +46,32 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
         report["shared"] = {"evaluation_tokens": config.evaluation.tokens, **_measure_shared(run, tests, tokenizer)}
     shared = Measured(*([Loss(**loss) for loss in report["shared"][which]] for which in Measured._fields))
     row = evaluate_model(run.model, tests, tokenizer, config.evaluation, final=final, shared=shared, arrived=experts,
-                         progress=progress)  # fmt: skip
+                         shared_ffn=shared_ffn, progress=progress)  # fmt: skip
     row["calibration"] = calibration
     report["rows"] = [old for old in report["rows"] if old["arrived"] != experts] + [row]
-    write_json(run.reports / "evaluation.json", report)
     _draw(run, report["rows"])
+    row["router"] = kept(row["router"])
+    write_json(run.reports / "evaluation.json", report)
     return row
+
+
+def contributions_of(run: RunDirectory) -> dict[str, Any]:
+    """What each expert of a run contributes, measured anew; the report stays as it is.
+
+    Returns:
+        `contributions`: see `contributions.contributions`.
+    """
+    published = run.marker("publish")
+    assert published is not None, "the publish stage comes before"
+    tests, shared_ffn = _published(run, published)
+    held_out = HeldOut.of(tests, run.config.model, run.config.evaluation)
+    return {"contributions": contributions(MixtureLM.load(run.model), shared_ffn, held_out, sorted(arrived(run.model)))}
+
+
+def _published(run: RunDirectory, published: dict[str, Any]) -> tuple[list[Path], Path]:
+    """The token files of the partitions' test documents, and the file of the shared FFN."""
+    tests = [run.blobs.path(file["test"]["sha256"]) for file in published["partitions"]]
+    return tests, run.blobs.path(published["shared_ffn"]["sha256"])
 
 
 def _measure_shared(run: RunDirectory, tests: list[Path], tokenizer: Path) -> dict[str, Any]:

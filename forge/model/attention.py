@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from forge.config import ModelConfig
 from forge.model.layers import Linear, learning, softmax_in_place
+from forge.train.memory import ATTENTION_BLOCK
 
 Rotary = tuple[Tensor, Tensor]
-#: Queries of a block of attention: fewer waste less on keys that come later, more keep the products large.
-_BLOCK = 128
 
 
 class KeyValueCache:
@@ -152,7 +151,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK)]
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 class Attention(nn.Module):

@@ -23,7 +23,7 @@ _GRADIENT_ROWS = 2048
 #: Matrices of at least this many float32 values go through oneDNN in inference. On an AMD EPYC with AVX-512, torch's own
 #: choice, MKL, was slower by 1.5 to 2.3 times from 512 x 1408 on whatever the number of rows; on small ones it was faster.
 ONEDNN_WEIGHTS = 1 << 18
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # type: ignore[no-untyped-call]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
+        y: Tensor = (x * scale).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

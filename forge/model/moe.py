@@ -19,8 +19,8 @@ from forge.config import ModelConfig
 from forge.errors import ConfigError, StorageError
 from forge.model import names
 from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
-from forge.model.layers import FeedForward, Linear, RMSNorm
-from forge.model.lm import Embedding, read_tensors
+from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
+from forge.model.lm import read_tensors
 from forge.vocabulary import INDEX_FILE, SINGLE_FILE
 
 #: Keys of config.json that would change the computation, with the only value that is computed here.
@@ -98,7 +98,7 @@ class SparseMoe(nn.Module):
         counts = torch.bincount(expert_of_A, minlength=len(self.experts)).tolist()
         weights_A1 = routed.weights_NK.flatten()[order_A, None]
         for expert, rows, weights_M1 in zip(
-            self.experts, (order_A // self.top_k).split(counts), weights_A1.split(counts), strict=True
+            self.experts, torch.split(order_A // self.top_k, counts), torch.split(weights_A1, counts), strict=True
         ):
             if len(rows):
                 y_ND.index_add_(0, rows, (expert(x_ND[rows]) * weights_M1).to(y_ND.dtype))

@@ -14,7 +14,9 @@ from typing import Any, Final
 
 import yaml
 
+from forge.checkpoint.assembly import credited
 from forge.checkpoint.hf import CONFIG_FILE
+from forge.evaluate.table import shares
 from forge.files import RunDirectory, read_json
 from forge.vocabulary import INDEX_FILE, MANIFEST_FILE
 
@@ -48,7 +50,7 @@ def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[s
         _loading(str(run.get("repo") or "path/to/this/directory")),
         _training(run, manifest),
         *([_perplexities(evaluation)] if evaluation else []),
-        _contributors(manifest),
+        _contributors(credited(model_dir), (evaluation or {}).get("contributions")),
         _configuration(config, parameters),
     ]
     front = yaml.safe_dump(_front_matter(name, run, evaluation), sort_keys=False, allow_unicode=True)
@@ -154,16 +156,16 @@ def _perplexities(evaluation: Mapping[str, Any]) -> str:
     return "## Perplexity on held-out documents\n\n" + _table(["partition", "perplexity", "bits per byte"], rows)
 
 
-def _contributors(manifest: Mapping[str, Any]) -> str:
-    arrived = _arrived(manifest)
-    if not arrived:
-        return "## Contributors\n\nNo expert has arrived yet."
-    by_name: dict[str, list[str]] = {}
-    for row in arrived:
-        name = str(row.get("credit", {}).get("node_name") or "unnamed")
-        by_name.setdefault(name, []).append(str(row["partition"]))
-    rows = [[_plain(name), ", ".join(experts)] for name, experts in sorted(by_name.items())]
-    return "## Contributors\n\n" + _table(["node", "experts"], rows)
+def _contributors(names: Mapping[int, str], contributions: list[dict[str, Any]] | None) -> str:
+    if not names:
+        return "## Who contributed\n\nNo expert has arrived yet."
+    rows = [[_plain(name), ", ".join(map(str, share.experts)), _number(share.nats, 4)]
+            for name, share in shares(names, contributions)]  # fmt: skip
+    if not contributions:
+        return "## Who contributed\n\n" + _table(["node", "experts"], [row[:2] for row in rows])
+    return ("## Who contributed\n\nA contribution is how much the held-out loss (nats a token, mean over partitions) rises when "
+            "the FFN of the shared components stands in the place of an expert; a node's is the sum over its experts.\n\n"
+            + _table(["node", "experts", "contribution"], rows))  # fmt: skip
 
 
 def _configuration(config: Mapping[str, Any], parameters: int) -> str:

@@ -16,7 +16,7 @@ from forge.files import hash_file, write_json
 from forge.model import names
 from forge.model.lm import DenseLM, load_dense
 from forge.train.loop import LoopSettings, Progress, train
-from forge.train.memory import plan, report
+from forge.train.memory import Products, plan, report
 from forge.train.precision import product_dtype, resolve_device
 from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION
 
@@ -42,19 +42,22 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
         TrainingError: the loss is not finite.
     """
     config = parse_config(assignment["config"])
-    chosen = plan(config, "expert", ram_bytes)
-    partition = int(assignment["partition"])
-    progress(stage=f"expert {partition}", plan=report(config, chosen))
     device = resolve_device(device)
+    dtype = product_dtype(device)
+    products: Products = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    chosen = plan(config, "expert", ram_bytes, products)
+    partition = int(assignment["partition"])
+    progress(stage=f"expert {partition}", plan=report(config, chosen, products))
     model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
     model.recompute = chosen.recompute
+    model.compute_in(dtype)
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
                               expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(
         phase=config.train.expert, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=work_dir,
         checkpoint_seconds=config.train.checkpoint_seconds,
-        stage=f"expert {partition}", device=device, dtype=product_dtype(device)), progress, should_stop)  # fmt: skip
+        stage=f"expert {partition}", device=device, dtype=dtype), progress, should_stop)  # fmt: skip
     outcome = {"finished": result.finished, "step": result.step, "steps": result.steps, "loss": result.loss,
                "predicted_bytes": chosen.peak_bytes}  # fmt: skip
     if not result.finished:

@@ -106,7 +106,6 @@ def train(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings, prog
     tokens_per_step = settings.batch_size * settings.sequence_length
     saved_at, started, first = time.monotonic(), time.monotonic(), step
     model.train()
-    model.compute_in(settings.dtype)
     with storage_errors(settings.metrics), open(settings.metrics, "a", encoding="utf-8") as metrics:
         while step < settings.steps and not should_stop():
             loss, norm = _accumulate(model, sampler, settings, step, optimizer)

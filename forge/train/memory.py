@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 import math
 import re
 from typing import Literal
 
 from forge.config import ModelConfig, PhaseConfig, RunConfig
 from forge.errors import ConfigError, MemoryBudgetError
+from forge.system import cpu_products
 
+Products = Literal["float32", "bfloat16"]
 Stage = Literal["prepare", "shared", "partition", "router", "publish", "expert", "validate", "evaluate", "generate",
                 "assemble"]  # fmt: skip
 #: Every process of a run that holds text or tensors, in the order in which they run.
@@ -30,19 +33,23 @@ MB = 1 << 20
 _FLOAT, _DOUBLE = 4, 8
 #: Interpreter, imports and what their first use allocates, in MB resident; torch 2.13 for CPUs, one or two threads.
 RUNTIME_MB: dict[str, int] = {
-    "prepare": 58, "shared": 266, "partition": 263, "router": 296, "publish": 254, "expert": 266, "validate": 254,
+    "prepare": 58, "shared": 284, "partition": 263, "router": 300, "publish": 258, "expert": 284, "validate": 254,
     "evaluate": 304, "generate": 256, "assemble": 47}  # fmt: skip
-#: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated.
-_ALLOCATOR_SHARE = 0.02
+#: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated;
+#: and the holes in the heap of a training process, as a share of what each micro-batch takes and frees.
+_ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
 LIGHT_MB = {"coordinator": 122, "node": 82}
-#: scikit-learn, imported when a corpus is clustered.
-_SKLEARN_BYTES = 78 * MB
+#: scikit-learn, imported when a corpus is clustered, and pandas, which it imports where that is installed.
+_SKLEARN_BYTES = (144 if find_spec("pandas") else 78) * MB
 #: Rows of logits that exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB.
 LOSS_ROWS = 256
 SMALL_LOSS_ROWS = 64
-#: A micro-batch above this gains no speed on a CPU (measured at the default size) and only costs memory.
-LARGEST_MICRO_BATCH = 4
+#: Queries whose attention is computed at a time in bfloat16: fewer waste less on keys that come later, more keep products large.
+ATTENTION_BLOCK = 128
+#: The knee on a CPU, at the default size: twice as many sequences gain 2 % in bfloat16 and nothing in float32, for a quarter more
+#: memory (docs/log.md).
+LARGEST_MICRO_BATCH = 2
 #: Tokens of a forward pass: of an evaluation, and of the partition and router stages.
 EVALUATION_TOKENS, STATISTICS_TOKENS = 512, 2048
 #: Bytes of a document of text, on average, where only the size of the corpus is known (WikiText-103: 19 KB, Python's
@@ -78,12 +85,19 @@ class Plan:
 
 
 def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bool = False,
-            loss_rows: int = LOSS_ROWS) -> Plan:  # fmt: skip
-    """Predict the peak of `stage`; the last three arguments matter to training only."""
+            loss_rows: int = LOSS_ROWS, products: Products | None = None) -> Plan:  # fmt: skip
+    """Predict the peak of `stage`; the last four arguments matter to training only.
+
+    `products` is the type of its matrix products, by default that of this machine's CPU.
+    """
     training = stage in TRAINING
-    parts = (_training(config, stage == "shared", micro_batch, recompute, loss_rows) if training
+    product = 2 if (products or cpu_products()) == "bfloat16" else _FLOAT
+    parts = (_training(config, stage == "shared", micro_batch, recompute, loss_rows, product) if training
              else _OTHERS[stage](config))  # fmt: skip
-    parts = {"runtime": RUNTIME_MB[stage] * MB} | parts | {"allocator": round(_ALLOCATOR_SHARE * sum(parts.values()))}
+    allocator = _ALLOCATOR_SHARE * sum(parts.values())
+    if training:
+        allocator += _HOLES_SHARE * (parts["activations"] + parts["loss"])
+    parts = {"runtime": RUNTIME_MB[stage] * MB} | parts | {"allocator": round(allocator)}
     return Plan(stage, parts, micro_batch, recompute, loss_rows) if training else Plan(stage, parts)
 
 
@@ -92,13 +106,13 @@ def process_bytes(config: RunConfig, process: str) -> int:
     return LIGHT_MB[process] * MB if process in LIGHT_MB else predict(config, process).peak_bytes  # type: ignore[arg-type]
 
 
-def plan(config: RunConfig, stage: Stage, ram_bytes: int) -> Plan:
+def plan(config: RunConfig, stage: Stage, ram_bytes: int, products: Products | None = None) -> Plan:
     """The fastest plan of `stage` that fits `ram_bytes`.
 
     Raises:
         MemoryBudgetError: not even the smallest fits; the sentence names the `--ram` that would do.
     """
-    for candidate in candidates(config, stage):
+    for candidate in candidates(config, stage, products):
         if candidate.peak_bytes <= ram_bytes:
             return candidate
     needed = candidate.peak_bytes
@@ -107,20 +121,20 @@ def plan(config: RunConfig, stage: Stage, ram_bytes: int) -> Plan:
         f"allows {format_size(ram_bytes)}: use --ram {math.ceil(needed / (64 * MB)) * 64}M or more.")  # fmt: skip
 
 
-def candidates(config: RunConfig, stage: Stage) -> Iterator[Plan]:
+def candidates(config: RunConfig, stage: Stage, products: Products | None = None) -> Iterator[Plan]:
     """Every plan of a stage, the fastest first and the smallest last."""
     if stage not in TRAINING:
         yield predict(config, stage)
         return
     largest = min(LARGEST_MICRO_BATCH, config.train.batch_size)
     for micro_batch in (m for m in range(largest, 0, -1) if config.train.batch_size % m == 0):
-        yield predict(config, stage, micro_batch)
-    yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS)
+        yield predict(config, stage, micro_batch, products=products)
+    yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS, products=products)
 
 
-def report(config: RunConfig, plan: Plan) -> dict[str, int | bool]:
+def report(config: RunConfig, plan: Plan, products: Products) -> dict[str, int | bool]:
     """What a training process tells its parent of its plan: `peak_bytes`, and whether there is a `smaller` one."""
-    options = candidates(config, plan.stage)  # type: ignore[arg-type]
+    options = candidates(config, plan.stage, products)  # type: ignore[arg-type]
     return {"peak_bytes": plan.peak_bytes, "smaller": any(option.peak_bytes < plan.peak_bytes for option in options)}
 
 
@@ -147,41 +161,52 @@ _STAGE_NAMES = {"shared": "Training the shared components", "expert": "Training 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool, loss_rows: int) -> dict[str, int]:
+def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool, loss_rows: int,
+              product: int) -> dict[str, int]:  # fmt: skip
+    """The parts of a training process whose matrix products take numbers of `product` bytes."""
     model = config.model
     phase = config.train.shared if shared else config.train.expert
     hidden = model.expert_parameters + (model.attention_parameters if shared else 0)
     rest = model.embedding_parameters + model.norm_parameters if shared else 0
     positions = micro_batch * model.max_seq_len
-    stream = model.d_model * positions * _FLOAT
-    layer = _saved_floats(model, frozen=not shared) * positions * _FLOAT
+    stream = model.d_model * _FLOAT
+    layer = _kept_bytes(model, product, frozen=not shared)
     kept = model.n_layers * layer
     if recompute:
         kept = model.n_layers * stream + layer
-    elif not shared:  # Nothing before the first expert learns, so no gradient goes through the attention below it.
-        kept -= (2 * model.d_model + 2 * (model.n_heads + model.kv_heads) * model.head_dim) * positions * _FLOAT
-    kept += 3 * stream  # The final norm's input and output, and the loss's gradient of it.
-    # The gradients of an only micro-batch take the place of the activations that they come from.
-    gradients = (hidden + rest) * _FLOAT - (kept if micro_batch == config.train.batch_size else 0)
-    # Beside the activations come either the logits or what the first layer of the backward pass computes; the gradient of the
-    # head waits for that of the embedding.
-    logits = min(loss_rows, positions) * model.vocab_size * _FLOAT
-    backward = 2 * model.ffn_width * positions * _FLOAT + 2 * _largest_matrix(model) * _FLOAT
-    head_gradient = model.vocab_size * model.d_model * _FLOAT if shared else 0
+    elif not shared:  # Nothing before the first expert learns, so neither norms nor attention before it keep anything.
+        kept -= layer - (model.d_model + 2 * model.ffn_width) * product
+    kept += stream + 2 * model.d_model * product  # The final norm's input and output, and the loss's gradient of it.
+    # Beside the activations come either the logits or what the first layer of the backward pass computes, with the part of
+    # a weight's gradient that is widened before it is added.
+    logits = min(loss_rows, positions) * model.vocab_size * product
+    backward = positions * (3 * model.ffn_width * product + 2 * stream)
+    backward += _largest_matrix(model) * (_FLOAT + product) if product != _FLOAT else 0
+    matrices = model.dense_parameters - model.norm_parameters
+    if not model.tie_embeddings:
+        matrices -= model.vocab_size * model.d_model
     return {
         "weights": model.dense_parameters * _FLOAT,
-        "gradients": max(gradients, 0),
+        "copies": matrices * product if product != _FLOAT else 0,
+        "gradients": (hidden + rest) * _FLOAT,
         "optimizer": _slots(phase, hidden, rest) * _FLOAT,
-        "activations": kept,
-        "loss": head_gradient + max(logits, backward),
+        "activations": kept * positions,
+        "loss": max(logits, backward),
     }
 
 
-def _saved_floats(model: ModelConfig, frozen: bool) -> int:
-    """Floats a position that autograd keeps of a layer; a frozen matrix needs no gradient and so not its input."""
-    heads, kv = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
-    attention = model.d_model + 2 * heads + 2 * kv + (0 if frozen else model.d_model + heads)
-    return attention + 2 * model.d_model + 3 * model.ffn_width
+def _kept_bytes(model: ModelConfig, product: int, frozen: bool) -> int:
+    """Bytes a position that the backward pass of a layer needs; a frozen matrix has no gradient and so needs no input.
+
+    Of attention these are queries, keys and values and, in float32, the fused kernel's output; in bfloat16 the
+    probabilities of a block of queries (`forge.model.attention`).
+    """
+    heads, norms = model.n_heads * model.head_dim, 2 * model.d_model * _FLOAT
+    numbers = model.d_model + 2 * model.ffn_width + 3 * heads
+    numbers += heads if product == _FLOAT else model.n_heads * (model.max_seq_len + min(ATTENTION_BLOCK, model.max_seq_len)) // 2
+    if not frozen:
+        numbers += model.d_model + heads
+    return norms + numbers * product
 
 
 def _slots(phase: PhaseConfig, hidden: int, rest: int) -> int:
@@ -245,13 +270,14 @@ def _publish(config: RunConfig) -> dict[str, int]:
 
 def _validate(config: RunConfig) -> dict[str, int]:
     """The shard in the shared components, as when they are published; when these are gone, in the assembled model."""
-    mixture = _evaluate(config)
-    mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
-    return max(_publish(config), mixture, key=lambda parts: sum(parts.values()))
+    return max(_publish(config), _evaluate(config), key=lambda parts: sum(parts.values()))
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:
-    return _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
+    """The assembled model, and what takes the place of one of its experts: a shard, or the shared FFN."""
+    mixture = _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
+    mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
+    return mixture
 
 
 def _generate(config: RunConfig) -> dict[str, int]:

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from forge.system import cpu_products
+
 #: Side of the square matrices of the probe: large enough to be compute-bound, 20 ms on a slow core.
 _SIDE = 384
 #: bf16 must beat float32 by this factor to be worth its rounding.
@@ -13,11 +15,15 @@ _WORTH = 1.3
 
 
 def product_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32 by a measured probe, else float32."""
+    """bfloat16 where the device multiplies it faster than float32, else float32.
+
+    A CPU must say that it has the instructions, as the memory plan believes it, and be faster by a measured probe.
+    """
     if device.startswith("cuda"):
         faster = torch.cuda.is_bf16_supported()
     else:
-        faster = device == "cpu" and _seconds(torch.float32) > _WORTH * _seconds(torch.bfloat16)
+        faster = device == "cpu" and cpu_products() == "bfloat16"
+        faster = faster and _seconds(torch.float32) > _WORTH * _seconds(torch.bfloat16)
     return torch.bfloat16 if faster else torch.float32
 
 

@@ -16,7 +16,7 @@ from forge.files import RunDirectory, write_bytes
 from forge.model import names
 from forge.model.lm import DenseLM
 from forge.train.loop import LoopSettings, Progress, train
-from forge.train.memory import plan, report
+from forge.train.memory import Products, plan, report
 from forge.train.precision import product_dtype, resolve_device
 from forge.vocabulary import END_OF_TEXT_ID
 
@@ -34,13 +34,16 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
         TrainingError: the loss is not finite.
     """
     config = run.config
-    chosen = plan(config, "shared", ram_bytes)
-    progress(stage="shared", plan=report(config, chosen))
     device = resolve_device(device)
+    dtype = product_dtype(device)
+    products: Products = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    chosen = plan(config, "shared", ram_bytes, products)
+    progress(stage="shared", plan=report(config, chosen, products))
     model = DenseLM(config.model)
     model.initialise(torch.Generator().manual_seed(config.seed))
     model.to(device)
     model.recompute = chosen.recompute
+    model.compute_in(dtype)
     corpus = TokenFile(run.data / "corpus.safetensors")
     training = np.flatnonzero(np.load(run.data / "split.npy") == 0)
     sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, END_OF_TEXT_ID, training)
@@ -48,7 +51,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
         phase=config.train.shared, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=run.work / "shared", stage="shared",
         device=device,
-        checkpoint_seconds=config.train.checkpoint_seconds, dtype=product_dtype(device)), progress, should_stop)  # fmt: skip
+        checkpoint_seconds=config.train.checkpoint_seconds, dtype=dtype), progress, should_stop)  # fmt: skip
     if not result.finished:
         return None
     facts: dict[str, Any] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, "maturity": maturity(config),

@@ -8,15 +8,16 @@ import time
 import torch
 
 from forge.config import RunConfig
+from forge.system import cpu_products
 from forge.train.memory import Plan
 from forge.train.muon import STEPS
 
-#: Share of the probe's rate that a whole training step reached (configs/default.yaml, one AVX2 core); the rest is what is
-#: not a product: norms, softmax, the optimiser's passes over memory.
-EFFICIENCY = 0.75
-#: Seconds a byte of gradients costs a micro-batch: the backward pass makes each anew and adds it to what the earlier ones
-#: left. Fitted to the curve of micro-batches 1, 2, 4 and 8 in docs/log.md.
-_GRADIENT_SECONDS = 2e-9
+#: Share of the probe's rate that a whole training step reached (configs/default.yaml, two cores with AVX512-BF16); the rest
+#: is what is not a product: norms, softmax, the optimiser's passes over memory. The faster the products, the more it is.
+EFFICIENCY = {torch.float32: 0.72, torch.bfloat16: 0.55}
+#: Seconds a byte of gradients costs a micro-batch: the backward pass adds to what the earlier ones left. Fitted to the curve
+#: of micro-batches in docs/log.md.
+_GRADIENT_SECONDS = 2.5e-10
 #: Sides of the probe's product, of the size that training multiplies, and seconds that it takes at most.
 _ROWS, _INNER, _COLUMNS = 512, 512, 2048
 _PROBE_SECONDS = 0.5
@@ -27,7 +28,12 @@ def tokens_per_second(config: RunConfig, plan: Plan, rate: float) -> float:
     model, shared = config.model, plan.stage == "shared"
     gradients = 4 * (model.dense_parameters if shared else model.expert_parameters)
     adding = _GRADIENT_SECONDS * gradients / (plan.micro_batch * model.max_seq_len)
-    return 1 / (flops_per_token(config, plan) / (EFFICIENCY * rate) + adding)
+    return 1 / (flops_per_token(config, plan) / (EFFICIENCY[product_type()] * rate) + adding)
+
+
+def product_type() -> torch.dtype:
+    """The type that the rate of this machine is that of."""
+    return torch.bfloat16 if cpu_products() == "bfloat16" else torch.float32
 
 
 def flops_per_token(config: RunConfig, plan: Plan) -> float:
@@ -56,8 +62,12 @@ def _muon_flops(config: RunConfig, shared: bool) -> int:
     return model.n_layers * STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
 
 
-def multiplication_rate(dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a matrix product of a training step's size on this CPU, the best of half a second."""
+def multiplication_rate(dtype: torch.dtype | None = None) -> float:
+    """FLOP/s of a matrix product of a training step's size on this CPU, the best of half a second.
+
+    `dtype` is by default the faster type.
+    """
+    dtype = dtype or product_type()
     left = torch.ones(_ROWS, _INNER, dtype=dtype)
     right = torch.ones(_INNER, _COLUMNS, dtype=dtype)
     left @ right

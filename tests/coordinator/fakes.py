@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import json
 from pathlib import Path
@@ -93,13 +93,16 @@ class FakeJobs:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.arguments: dict[str, dict[str, Any]] = {}
         self.verdicts: list[dict[str, Any] | Exception] = []
         self.failures: dict[str, list[Exception]] = {}
+        self.pieces: Iterable[str] = (" sail", " and", " tide")
         self.before: Callable[[str], None] = lambda name: None
 
     def __call__(self, name: str, arguments: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         what = arguments.get("stage", name)
         self.calls.append(what)
+        self.arguments[what] = arguments
         self.before(what)
         if self.failures.get(what):
             raise self.failures[what].pop(0)
@@ -108,13 +111,18 @@ class FakeJobs:
                      "tokens_per_second": 10.0, "resident_bytes": 1})  # fmt: skip
         if name == "stage":
             return run.finish(what, self._publish(run) if what == "publish" else {"maturity": 3.0})
+        if name == "generate":
+            for number, text in enumerate(self.pieces):
+                on_progress({"event": "progress", "piece": {"text": text, "expert": number % 2, "tokens": 1}})
+            return {"tokens": 3, "left_out": 0}
         if name == "validate":
             verdict = self.verdicts.pop(0) if self.verdicts else {}
             if isinstance(verdict, Exception):
                 raise verdict
             return {"accepted": True, "reasons": [], "loss": 3.0, "shared_loss": 3.5, **verdict}
-        arrived = len(json.loads((run.model / "model.safetensors.index.json").read_text())["metadata"]["experts_arrived"])
-        return {"experts": arrived, "mean_perplexity": 100.0 - arrived, "pooled_perplexity": 99.0 - arrived}
+        arrived = json.loads((run.model / "model.safetensors.index.json").read_text())["metadata"]["experts_arrived"]
+        return {"experts": len(arrived), "mean_perplexity": 100.0 - len(arrived), "pooled_perplexity": 99.0 - len(arrived),
+                "contributions": [{"expert": expert, "nats": 0.25 * expert} for expert in arrived]}  # fmt: skip
 
     def _publish(self, run: RunDirectory) -> dict[str, Any]:
         _write_tokenizer(run.data)

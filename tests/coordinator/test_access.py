@@ -21,6 +21,7 @@ from coordinator.auth import OPERATOR
 from coordinator.authority import Authority
 from coordinator.cli import main
 from coordinator.quotas import Limits
+from coordinator.serve import WORKERS
 from forge.checkpoint.assembly import is_placeholder
 from forge.invitation import RETRY_HEADER, SECRET_HEADER, Invitation
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION, expert_file
@@ -121,7 +122,7 @@ def test_a_strangers_message_is_never_read(world: World) -> None:
             yield pb.UploadRequest(lease_id="x", sha256="y", data=bytes(CHUNK_BYTES))
 
     assert refusal(lambda: node.stub.Upload(endless(), metadata=node.metadata))[0] == UNKNOWN
-    assert sent < 10
+    assert sent * CHUNK_BYTES < 10 << 20
     large = pb.JoinRequest(name="n" * (8 << 20))
     assert refusal(lambda: node.stub.Join(large))[:2] == (DENIED, "access")
     heavy = (("forge-credential", "x" * 20_000),)
@@ -256,6 +257,23 @@ def test_bytes_on_their_way_are_bounded_by_node(make_world: Callable[[], World])
     assert sha256_of(other.fetch(sha256)) == sha256
     running.cancel()
     until(lambda: _fetched(node, sha256))
+
+
+def test_transfers_leave_threads_for_small_calls(make_world: Callable[[], World]) -> None:
+    assert Limits().transfers < WORKERS
+    world = make_world()
+    world.start(limits=Limits(transfers=1, retry_seconds=7.0))
+    node, other = world.node("first"), world.node("second")
+    sha256 = node.lease(1).expert.train_tokens.sha256
+    running: Any = node.stub.FetchBlob(pb.FetchBlobRequest(sha256=sha256), metadata=node.metadata)
+    next(running)
+    with pytest.raises(grpc.RpcError) as caught:
+        other.fetch(sha256)
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "busy with 1 transfers" in error.details()
+    assert float(dict(error.trailing_metadata())[RETRY_HEADER]) == 7.0
+    running.cancel()
+    until(lambda: _fetched(other, sha256))
 
 
 def _fetched(node: FakeNode, sha256: str) -> bool:

@@ -55,6 +55,18 @@ def test_an_upload_goes_on_from_what_is_on_disk_after_a_restart(uploads: Uploads
     assert store.has(SHA)
 
 
+def test_what_a_second_stream_wrote_over_the_first_is_what_is_hashed(uploads: Uploads, store: BlobStore) -> None:
+    uploads.open(lease(), SHA, len(DATA))
+    uploads.write(SHA, 0, [DATA[:1000]])
+    with pytest.raises(UploadInterruptedError, match="damaged"):
+        uploads.write(SHA, 0, [bytes(1000), DATA[1000:]])
+    assert uploads.open(lease(), SHA, len(DATA)) == 0
+    uploads.write(SHA, 0, [DATA[:1000]])
+    assert not store.has(SHA)
+    with pytest.raises(ShardError, match="twice"):
+        uploads.write(SHA, 500, [bytes(500), DATA[1000:]])
+
+
 def test_a_complete_part_is_finished_when_it_is_opened_again(uploads: Uploads, store: BlobStore) -> None:
     (store.directory / "incoming").mkdir()
     (store.directory / "incoming" / f"{SHA}.part").write_bytes(DATA)

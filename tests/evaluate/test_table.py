@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from forge.evaluate.perplexity import Loss, figures
-from forge.evaluate.table import evaluation_lines
+from forge.evaluate.table import Share, contribution_lines, evaluation_lines, shares
 from forge.vocabulary import ALONE, ORACLE, OURS, SHARED, UNIFORM
 
 KNOWN = figures([Loss(30.0, 10, 40), Loss(20.0, 10, 40)])
@@ -44,3 +44,16 @@ def test_a_report_of_an_earlier_version_and_unknown_figures() -> None:
     assert lines[2].split() == ["shared", "components", "alone", "10.00", "-", "-"]
     assert lines[3].split() == ["1", "expert", "9.50", "9.25", "-"]
     assert "nan" not in "".join(evaluation_lines({"rows": [row(1, **UNKNOWN)]}))
+
+
+def test_who_contributed_most_comes_first_and_who_is_not_measured_last() -> None:
+    measured = [{"expert": expert, "nats": nats} for expert, nats in enumerate((0.01, 0.2, -0.005, None))]
+    owners = {3: "new", 0: "laptop", 1: "desktop", 2: "laptop"}
+    assert shares(owners, measured) == [("desktop", Share([1], 0.2)), ("laptop", Share([0, 2], 0.01 - 0.005)),
+                                        ("new", Share([3], None))]  # fmt: skip
+    assert shares(owners, None)[0] == ("laptop", Share([0, 2], None))
+    assert contribution_lines([], {}) == ["No expert has arrived yet."]
+    lines = contribution_lines(measured, owners)
+    assert [" ".join(line.split()) for line in lines[2:]] == [
+        "expert 1 0.2000", "expert 0 0.0100", "expert 2 -0.0050", "expert 3 -", "",
+        "desktop 0.2000 expert 1", "laptop 0.0050 experts 0, 2", "new - expert 3"]  # fmt: skip

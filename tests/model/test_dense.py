@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from forge.errors import StorageError
 from forge.model import names
-from forge.model.attention import causal_attention, KeyValueCache
+from forge.model.attention import KeyValueCache, causal_attention
 from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.lm import DenseLM, load_dense
 from forge.model.moe import MixtureLM
@@ -129,7 +129,7 @@ def test_attention_in_blocks_is_attention() -> None:
     for attend, dtype in ((causal_attention, torch.bfloat16), (causal_attention, torch.float32)):
         q, k, v = (torch.randn(shape, generator=generator.manual_seed(seed)).to(dtype).requires_grad_() for seed in range(3))
         y = attend(q, k, v)
-        (y.float() * torch.randn(shape, generator=generator.manual_seed(3))).sum().backward()
+        torch.autograd.backward((y.float() * torch.randn(shape, generator=generator.manual_seed(3))).sum())
         results.append([y, q.grad, k.grad, v.grad])
     for half, whole in zip(*results, strict=True):
         assert half is not None and whole is not None

@@ -17,6 +17,7 @@ from modularforge.v1 import fleet_pb2 as pb
 from modularforge.v1 import fleet_pb2_grpc
 
 from forge.config import parse_config
+from forge.vocabulary import PROTOCOL_VERSION
 from node.guest import Guest
 from node.rules import Rules
 
@@ -39,7 +40,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.shared, self.ffn = (self._add(os.urandom(blob_bytes)) for _ in range(2))
         self.tokens = [self._add(os.urandom(1000)) for _ in range(partitions)]
         self.state = ["open"] * partitions
-        self.run_id, self.protocol_version = "run-1", 1
+        self.run_id, self.protocol_version = "run-1", PROTOCOL_VERSION
         self.credentials: set[str] = set()
         self.nodes: dict[str, bytes] = {}
         self.lease_holder: dict[str, tuple[str, int]] = {}

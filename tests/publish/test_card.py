@@ -68,3 +68,12 @@ def test_names_of_strangers_stay_text(run: RunDirectory) -> None:
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         model_card(tmp_path, run={}, evaluation=None)
+
+
+def test_who_contributed_what_the_most_first(run: RunDirectory) -> None:
+    for partition, name in enumerate(("laptop", "desktop", "laptop")):
+        accept(run, partition, make_shard(run, partition), {"node_name": name})
+    measured = [{"expert": 0, "nats": 0.01}, {"expert": 1, "nats": 0.025}, {"expert": 2, "nats": -0.002}]
+    text = model_card(run.model, run=facts(run), evaluation=EVALUATION | {"contributions": measured})
+    assert "| node | experts | contribution |\n| --- | --- | --- |\n| desktop | 1 | 0.0250 |\n| laptop | 0, 2 | 0.0080 |" in text
+    assert "| node | experts |\n" in model_card(run.model, run=facts(run), evaluation=EVALUATION | {"contributions": None})

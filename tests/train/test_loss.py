@@ -24,7 +24,8 @@ def test_loss_and_both_gradients_equal_the_full_logits(positions: int) -> None:
     targets[0] = 3
     gradients = []
     functions: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
-        lambda h, w: 3 * F.cross_entropy(h @ w.T, targets), lambda h, w: chunked_cross_entropy(h, w, targets, weight=3.0)]  # fmt: skip
+        lambda h, w: 3 * F.cross_entropy(h @ w.T, targets),
+        lambda h, w: chunked_cross_entropy(h, w, targets, weight=3.0)]  # fmt: skip
     for function in functions:
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         loss = function(h, w)

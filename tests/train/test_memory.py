@@ -70,7 +70,7 @@ def test_every_stage_of_the_billion_fits_eight_gigabytes() -> None:
 @pytest.mark.parametrize("stage", ["shared", "expert"])
 def test_less_memory_means_smaller_micro_batches_then_recomputation(stage: Stage) -> None:
     options = list(candidates(load_config("default"), stage))
-    assert [(option.micro_batch, option.recompute) for option in options] == [(4, False), (2, False), (1, False), (1, True)]
+    assert [(option.micro_batch, option.recompute) for option in options] == [(2, False), (1, False), (1, True)]
     peaks = [option.peak_bytes for option in options]
     assert peaks == sorted(peaks, reverse=True)
 
@@ -100,7 +100,11 @@ class RandomSampler:
 
 
 @pytest.mark.parametrize("stage", ["shared", "expert"])
-def test_the_budget_does_not_change_the_loss_curve(tmp_path: Path, stage: Stage) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3)])
+def test_the_budget_does_not_change_the_loss_curve(
+    tmp_path: Path, stage: Stage, dtype: torch.dtype, tolerance: float
+) -> None:
+    """In bfloat16 a micro-batch's part of a gradient is rounded before it is added, so there the curves differ a little."""
     config = load_config("smoke", ["model.d_model=64", "model.d_ff=128", "model.n_layers=2", "model.vocab_size=512",
                                    "model.max_seq_len=96", "train.batch_size=4"])  # fmt: skip
     smallest = min(option.peak_bytes for option in candidates(config, stage))
@@ -112,22 +116,24 @@ def test_the_budget_does_not_change_the_loss_curve(tmp_path: Path, stage: Stage)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(stage == "shared" or ".mlp." in name)
         model.recompute = chosen.recompute
+        model.compute_in(dtype)
         phase = config.train.shared.model_copy(update={"tokens": 50 * 4 * 96})
         directory = tmp_path / str(ram)
         train(model, RandomSampler(config), LoopSettings(  # type: ignore[arg-type]
             phase=phase, batch_size=4, sequence_length=96, micro_batch=chosen.micro_batch, directory=directory,
-            checkpoint_seconds=1e9, stage=stage, loss_rows=chosen.loss_rows), lambda **_: None, lambda: False)  # fmt: skip
+            checkpoint_seconds=1e9, stage=stage, loss_rows=chosen.loss_rows, dtype=dtype),
+            lambda **_: None, lambda: False)  # fmt: skip
         curves.append([json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()])
         settings = (chosen.micro_batch, chosen.recompute, chosen.loss_rows)
-        assert settings == ((1, True, 64) if ram == smallest else (4, False, 256))
+        assert settings == ((1, True, 64) if ram == smallest else (2, False, 256))
     assert len(curves[0]) == 50 and curves[0][-1] < curves[0][0] - 0.05
-    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=tolerance)
 
 
 def test_the_printed_plan_marks_the_chosen_plan_and_what_does_not_fit() -> None:
     config = load_config("default")
     shared = list(candidates(config, "shared"))
-    lines = list(plan_lines(config, shared[2].peak_bytes, rate=1e11))
+    lines = list(plan_lines(config, shared[1].peak_bytes, rate=1e11))
     assert [line.split()[:3] for line in lines if line.startswith(">")] == [[">", "shared", "1"], [">", "expert", "2"]]
     assert all(any(line[2:].startswith(stage) for line in lines) for stage in STAGES)
     printed = []

@@ -53,7 +53,7 @@ class FleetServiceStub:
     OpenUpload: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.OpenUploadRequest, _fleet_pb2.OpenUploadResponse]
     """Ask how many bytes of an upload the coordinator already holds."""
     Upload: _grpc.StreamUnaryMultiCallable[_fleet_pb2.UploadRequest, _fleet_pb2.UploadResponse]
-    """Send the bytes from that offset on, in chunks of at most 1 MiB."""
+    """Send the bytes from that offset on, in chunks of at most 256 KiB."""
     Commit: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.CommitRequest, _fleet_pb2.CommitResponse]
     """Hand the uploaded shard in; ask again to learn the verdict."""
     Release: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ReleaseRequest, _fleet_pb2.ReleaseResponse]
@@ -80,7 +80,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
     OpenUpload: _aio.UnaryUnaryMultiCallable[_fleet_pb2.OpenUploadRequest, _fleet_pb2.OpenUploadResponse]  # type: ignore[assignment]
     """Ask how many bytes of an upload the coordinator already holds."""
     Upload: _aio.StreamUnaryMultiCallable[_fleet_pb2.UploadRequest, _fleet_pb2.UploadResponse]  # type: ignore[assignment]
-    """Send the bytes from that offset on, in chunks of at most 1 MiB."""
+    """Send the bytes from that offset on, in chunks of at most 256 KiB."""
     Commit: _aio.UnaryUnaryMultiCallable[_fleet_pb2.CommitRequest, _fleet_pb2.CommitResponse]  # type: ignore[assignment]
     """Hand the uploaded shard in; ask again to learn the verdict."""
     Release: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ReleaseRequest, _fleet_pb2.ReleaseResponse]  # type: ignore[assignment]
@@ -140,7 +140,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_fleet_pb2.UploadRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.UploadResponse, _abc.Awaitable[_fleet_pb2.UploadResponse]]:
-        """Send the bytes from that offset on, in chunks of at most 1 MiB."""
+        """Send the bytes from that offset on, in chunks of at most 256 KiB."""
 
     @_abc_1.abstractmethod
     def Commit(

@@ -118,6 +118,25 @@ def test_everything_on_the_page_is_in_status_json(world: World, port: int) -> No
     assert answer["phase"]["stages"][0] == {"stage": "prepare", "done": True, "now": False}
 
 
+def test_who_contributed_most_comes_first_wherever_it_is_told(world: World, port: int) -> None:
+    with reading(port) as page:
+        for name, partition in (("laptop", 0), ("desktop", 2)):
+            node = world.node(name)
+            node.hand_in(node.lease(partition), make_shard(world.run, partition), world.run_id)
+            page.until(lambda sections, name=name: sections.get("contributors") and any(
+                node["name"] == name and node["nats"] is not None for node in sections["contributors"]))  # type: ignore[misc]
+    status = json.loads(CliRunner().invoke(main, ["status", "--json", "--run-dir", str(world.root)]).output)["snapshot"]
+    assert [(node["name"], node["nats"], node["experts"]) for node in status["contributors"]] == [
+        ("desktop", 0.5, [{"partition": 2, "nats": 0.5}]), ("laptop", 0.0, [{"partition": 0, "nats": 0.0}])]  # fmt: skip
+    plain = CliRunner().invoke(main, ["status", "--run-dir", str(world.root)]).output
+    assert ("contribution of desktop: +0.5000 nats a token, by expert 2 (+0.5000)\n"
+            "contribution of laptop: +0.0000 nats a token, by expert 0 (+0.0000)\n") in plain  # fmt: skip
+    families = {family.name: family.samples for family in text_string_to_metric_families(get(port, "/metrics")[1])}
+    assert [(s.labels["node"], s.value) for s in families["modularforge_node_contribution_nats"]] == [
+        ("desktop", 0.5), ("laptop", 0.0)]  # fmt: skip
+    assert {s.labels["expert"]: s.value for s in families["modularforge_expert_contribution_nats"]} == {"2": 0.5, "0": 0.0}
+
+
 def test_a_rejected_shard_shows_why_and_who_trains_it_now(world: World, port: int) -> None:
     node = world.node("laptop")
     world.jobs.verdicts.append({"accepted": False, "reasons": ["it is no better than nothing"]})
@@ -178,9 +197,14 @@ def test_the_documentation_lists_every_series() -> None:
     assert rows == [(f"`{s.name}`", s.unit, s.labels, s.help) for s in metrics.SERIES]
 
 
-def test_the_page_may_do_nothing_but_read_its_own_events(port: int) -> None:
+def test_the_page_may_do_nothing_but_read_what_is_its_own(port: int) -> None:
     response, html = get(port)
-    assert response.status == 200
+    assert response.status == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
+    assert set(re.findall(r'(?:src|href)="(?!data:)([^"]*)"', html)) == {path[1:] for path in app.FILES} - {""}
+    for path in list(app.FILES)[1:]:
+        part, text = get(port, path)
+        assert part.status == 200 and part.headers["content-security-policy"] == response.headers["content-security-policy"]
+        html += text
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
     for header, value in (("x-content-type-options", "nosniff"), ("x-frame-options", "DENY"), ("connection", "close"),
@@ -213,8 +237,8 @@ def test_a_page_of_another_site_gets_no_events(port: int) -> None:
 
 
 def test_nothing_can_be_changed_from_the_page(port: int) -> None:
-    for path in ("/", "/events", "/healthz", "/metrics"):
-        for method in ("POST", "PUT", "DELETE", "PATCH"):
+    for path in (*app.FILES, "/events", "/healthz", "/metrics", "/prompt"):
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH"} - ({"POST"} if path == "/prompt" else {"GET"}):
             connection = HTTPConnection("127.0.0.1", port, timeout=10)
             connection.request(method, path, body=b"x" * 100_000)
             assert connection.getresponse().status == 405

@@ -1,0 +1,38 @@
+"""What the run publishes, read from the disk once: every lease and every download asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge.files import RunDirectory
+
+
+class Publication:
+    """The facts of the publish stage, which never change once they are there.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._facts: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage left; empty before the run is published."""
+        if not self._facts:
+            self._facts = self._run.marker("publish") or {}
+        return self._facts
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """sha256 -> size of every blob that nodes may read: none before the run is published."""
+        if not self._sizes:
+            facts = self.facts
+            blobs = [facts[key] for key in ("shared", "shared_ffn", "router") if key in facts]
+            for partition in facts.get("partitions", ()):
+                blobs += [partition[key] for key in ("train", "validation", "test") if partition.get(key)]
+            self._sizes = {blob["sha256"]: int(blob["size"]) for blob in blobs}
+        return self._sizes
