@@ -234,6 +234,23 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+              help="HTML file to write; default report.html beside the run's other reports.")  # fmt: skip
+@report_errors()
+def report(run_dir: Path, output: Path | None) -> None:
+    """Write the story of a run as one HTML file, to send to someone."""
+    if not (run_dir / "run.yaml").is_file():
+        raise StorageError(f"{run_dir} is not a run directory: it has no run.yaml.")
+    from forge.files import RunDirectory
+    from forge.report import write_report
+
+    run = RunDirectory(run_dir)
+    target = output or run.reports / "report.html"
+    click.echo(f"{target} ({write_report(run, target) / 1000:,.0f} kB); the plots in it are in {run.reports}")
+
+
+@main.command()
 @_sampling_options
 @click.argument("prompt", default="")
 @report_errors()
