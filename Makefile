@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-memory bench-startup format clean
+	bench-generation bench-memory bench-startup bench-prepare format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -53,6 +53,9 @@ bench-assembly: $(VENV)/.installed
 
 bench-generation: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.generation $(ARGS)
+
+bench-prepare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.prepare $(ARGS)
 
 bench-startup: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup $(ARGS)
