@@ -10,6 +10,7 @@ steps was the last one to happen, what is there loads. Memory is one chunk, time
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import threading
 from typing import Any
@@ -24,6 +25,8 @@ from forge.files import RunDirectory, hash_file, link_or_copy, read_json, remove
 from forge.model import names
 from forge.vocabulary import MANIFEST_FILE, ROUTER_FILE, SHARD_FORMAT_VERSION, SHARED_FILE, expert_file
 
+#: Expert files that `start` works on: while one is synced, the next is copied.
+_AT_A_TIME = 2
 #: The manifest is read, changed and written: one change at a time in this process. A run has one assembling process.
 _changing = threading.Lock()
 
@@ -50,8 +53,9 @@ def start(run: RunDirectory) -> None:
         if rescaled is None:
             _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
         _place(run, published["router"]["sha256"], ROUTER_FILE)
-        experts = [_settle(run, partition, _row(held, partition), published["shared_ffn"]["sha256"])
-                   for partition in range(config.n_experts)]  # fmt: skip
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            experts = list(pool.map(lambda partition: _settle(
+                run, partition, _row(held, partition), published["shared_ffn"]["sha256"]), range(config.n_experts)))  # fmt: skip
         hf.write_configuration(model, config, run.data)
         _trace(run, published, experts)
         _write(run, published, experts, rescaled)
