@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-memory bench-startup bench-prepare format clean
+	bench-generation bench-prepare bench-memory bench-startup format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -47,15 +47,16 @@ bench-fleet: $(VENV)/.installed
 bench-transfer: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.transfer $(ARGS)
 
-# Against mergekit too with ARGS="--mergekit PATH/TO/bin".
+# Against mergekit too with ARGS="--mergekit PATH/TO/bin/mergekit-moe".
 bench-assembly: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.assembly $(ARGS)
 
 bench-generation: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.generation $(ARGS)
 
+# DATA is a file of JSON lines with a `text`, or one of the names that data.source takes.
 bench-prepare: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.prepare $(ARGS)
+	$(BIN)/python -m benchmarks.prepare --data $(or $(DATA),python-stdlib) $(ARGS)
 
 bench-startup: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup $(ARGS)

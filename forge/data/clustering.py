@@ -79,8 +79,9 @@ def assign_within(scores_MK: FloatArray, tokens_M: IntArray, balance: float) -> 
     loads = [0.0] * count
     for index in np.argsort(-regret_M, kind="stable"):
         size = int(tokens_M[index])
-        least = min(range(count), key=loads.__getitem__)
-        chosen = next((int(k) for k in preferences_MK[index] if loads[k] + size <= capacity), least)
+        chosen = next((int(k) for k in preferences_MK[index] if loads[k] + size <= capacity), None)
+        if chosen is None:
+            chosen = min(range(count), key=loads.__getitem__)
         assignment[index] = chosen
         loads[chosen] += size
     _raise_to_floor(assignment, scores_MK, tokens_M, loads, mean / (2 * balance), capacity)

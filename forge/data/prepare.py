@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 import io
 from pathlib import Path
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 
 from forge.config import DataConfig, RunConfig
 from forge.data.partition import SPLITS, TRAIN
-from forge.data.sources import Document, documents, text_digest
+from forge.data.sources import Document, documents
 from forge.data.tokenizer import encode_documents, load_tokenizer, tokenizer_files, train_tokenizer
 from forge.data.tokens import IntArray, TokenFile, TokenWriter
 from forge.errors import DataError
@@ -49,8 +50,12 @@ Progress = Callable[[int, int, str], None]
 _SPACE = 1 << 64
 
 
+def _silent(done: int, total: int, message: str) -> None:
+    """Tell nobody."""
+
+
 @dataclass
-class _Scan:
+class Scan:
     """What pass 1 learns of every document."""
 
     digests: array[int] = field(default_factory=lambda: array("Q"))
@@ -59,8 +64,9 @@ class _Scan:
     names: dict[str, int] = field(default_factory=dict)
 
     def add(self, document: Document) -> None:
-        self.digests.append(text_digest(document.text))
-        self.sizes.append(len(document.text.encode()))
+        """Remember the next document."""
+        self.digests.append(document.digest)
+        self.sizes.append(document.size)
         label = document.label
         self.labels.append(-1 if label is None else self.names.setdefault(label, len(self.names)))
 
@@ -83,16 +89,16 @@ def prepare(config: RunConfig, directory: Path, on_progress: Progress | None = N
         HubError: the Hugging Face Hub cannot be reached.
         StorageError: the disk is full or the directory cannot be written.
     """
-    progress = on_progress or (lambda done, total, message: None)
+    progress = on_progress or _silent
     given = None
     if config.tokenizer.path is not None:  # before hours of reading
         given = load_tokenizer(Path(config.tokenizer.path).expanduser(), config.model.vocab_size)
-    scan = _scan(config.data, progress)
+    scan = scan_documents(config.data, progress)
     split_M = split_documents(np.frombuffer(scan.digests, dtype=np.uint64), config.model.n_experts,
                               config.data.validation_fraction, config.data.test_fraction)  # fmt: skip
     tokenizer = given or train_tokenizer(_training_text(config, split_M, progress), config.model.vocab_size)
     tokenizer_files(tokenizer, directory, config.model.max_seq_len)
-    _encode(config, tokenizer, scan, directory / CORPUS_FILE, progress)
+    encode(config, tokenizer, scan, directory / CORPUS_FILE, progress)
     lengths_M = TokenFile(directory / CORPUS_FILE).lengths
     sizes_M = np.frombuffer(scan.sizes, dtype=np.int64)
     facts = _facts(split_M, lengths_M, sizes_M)
@@ -142,8 +148,14 @@ def _below(ranked_M: npt.NDArray[np.uint64], fraction: float) -> int:
     return int(np.searchsorted(ranked_M, np.uint64(min(_SPACE - 1, int(fraction * _SPACE))), side="left"))
 
 
-def _scan(config: DataConfig, progress: Progress) -> _Scan:
-    scan, done, told = _Scan(), 0, 0
+def scan_documents(config: DataConfig, progress: Progress = _silent) -> Scan:
+    """Pass 1: what is known of every document.
+
+    Raises:
+        DataError: the source is missing, damaged or empty.
+        HubError: the Hugging Face Hub cannot be reached.
+    """
+    scan, done, told = Scan(), 0, 0
     for document in documents(config):
         scan.add(document)
         done += scan.sizes[-1]
@@ -171,23 +183,38 @@ def _training_text(config: RunConfig, split_M: npt.NDArray[np.uint8], progress: 
     progress(total, total, "learning the tokenizer")
 
 
-def _encode(config: RunConfig, tokenizer: Tokenizer, scan: _Scan, path: Path, progress: Progress) -> None:
+def encode(config: RunConfig, tokenizer: Tokenizer, scan: Scan, path: Path, progress: Progress = _silent) -> None:
+    """Pass 3: the tokens of all documents as a token file. A batch is encoded while its neighbours are read and written.
+
+    Raises:
+        DataError: the source is not what `scan` saw.
+        StorageError: the disk is full or the directory cannot be written.
+    """
     done, total = 0, sum(scan.sizes)
-    with TokenWriter(path, config.model.vocab_size) as writer:
-        for texts in _batches(config.data, scan):
-            for ids in encode_documents(tokenizer, texts):
+    with TokenWriter(path, config.model.vocab_size) as writer, ThreadPoolExecutor(1) as pool:
+
+        def finish(encoded: Future[list[IntArray]] | None) -> None:
+            nonlocal done
+            for ids in encoded.result() if encoded is not None else ():
+                done += scan.sizes[writer.documents]
                 writer.append(ids)
-            done = done + sum(scan.sizes[writer.documents - len(texts) : writer.documents])
             progress(done, total, "encoding")
+
+        before = None
+        for texts in _batches(config.data, scan):
+            after = pool.submit(encode_documents, tokenizer, texts)
+            finish(before)
+            before = after
+        finish(before)
         if writer.documents != len(scan.sizes):
             raise _changed(config.data)
 
 
-def _batches(config: DataConfig, scan: _Scan) -> Iterator[list[str]]:
+def _batches(config: DataConfig, scan: Scan) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for index, document in enumerate(documents(config)):
-        if index >= len(scan.digests) or text_digest(document.text) != scan.digests[index]:
+        if index >= len(scan.digests) or document.digest != scan.digests[index]:
             raise _changed(config)
         batch.append(document.text)
         size += scan.sizes[index]

@@ -43,6 +43,10 @@ class Document(NamedTuple):
     """Its text, without lone surrogates, so that it has a UTF-8 form."""
     label: str | None
     """Value of `data.label_field`, if that is set and the row has one."""
+    size: int
+    """Bytes of its UTF-8 form."""
+    digest: int
+    """What duplicates are known by and the split is decided by."""
 
 
 def documents(config: DataConfig) -> Iterator[Document]:
@@ -60,21 +64,21 @@ def documents(config: DataConfig) -> Iterator[Document]:
     for text, label in _rows(config):
         data = text.encode("utf-8", "replace")
         if left is not None and len(data) > left:
-            data = data[:left]
-            text = data.decode("utf-8", "ignore")
+            text = data[:left].decode("utf-8", "ignore")
+            data, left = text.encode(), 0
         elif not text.isascii():
             text = data.decode("utf-8")
-        if left is not None:
+        if left:
             left -= len(data)
-        if text.strip() and seen.add(text_digest(text)):
-            yield Document(text, label)
+        if text.strip() and seen.add(digest := text_digest(data)):
+            yield Document(text, label, len(data), digest)
         if left == 0:
             return
 
 
-def text_digest(text: str) -> int:
-    """64 bits of blake2b of a text's UTF-8 form: what duplicates are known by and the split is decided by."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def text_digest(data: bytes) -> int:
+    """64 bits of blake2b of a text's UTF-8 form."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Benchmarks at their smallest size."""
+"""The benchmarks of the coordinator at their smallest size."""
 
 from __future__ import annotations
 
@@ -29,8 +29,3 @@ def test_a_fleet_of_three_hands_a_shard_in(tmp_path: Path) -> None:
 def test_transfers_end_whole_and_are_compared(tmp_path: Path) -> None:
     table = run("transfer", tmp_path / "transfer.md", "--mb", "2", "--rounds", "1", "--uploads", "2")
     assert "| upload | " in table and "| download | " in table and "2 uploads of 2 MB at once" in table
-
-
-def test_preparing_gives_the_ids_of_the_bare_library(tmp_path: Path) -> None:
-    table = run("prepare", tmp_path / "prepare.md", "--mb", "2", "--vocab", "1024", "--threads", "1")
-    assert "prepare, whole" in table and "The ids of both are equal." in table

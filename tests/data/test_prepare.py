@@ -110,7 +110,7 @@ def test_the_smallest_corpus_has_every_split(tmp_path: Path) -> None:
     fractions=st.tuples(st.floats(0, 0.4), st.floats(0, 0.4)),
 )
 def test_every_split_has_enough_documents(texts: list[str], n_experts: int, fractions: tuple[float, float]) -> None:
-    digests = np.array([text_digest(text.encode("utf-8", "replace").decode()) for text in texts], dtype=np.uint64)
+    digests = np.array([text_digest(text.encode("utf-8", "replace")) for text in texts], dtype=np.uint64)
     counts = np.bincount(split_documents(digests, n_experts, *fractions), minlength=3)
     assert counts[1] >= n_experts and counts[2] >= n_experts
 
@@ -119,7 +119,7 @@ def test_every_split_has_enough_documents(texts: list[str], n_experts: int, frac
 def test_a_document_keeps_its_split_when_others_come_and_go(
     data: st.DataObject, fractions: tuple[float, float]
 ) -> None:
-    digests = np.array([text_digest(f"document {i}") for i in range(3000)], dtype=np.uint64)
+    digests = np.array([text_digest(f"document {i}".encode()) for i in range(3000)], dtype=np.uint64)
     chosen = np.sort(np.random.default_rng(data.draw(st.integers(0, 99))).permutation(3000)[:2500])
     whole = split_documents(digests, 2, *fractions)
     np.testing.assert_array_equal(split_documents(digests[chosen], 2, *fractions), whole[chosen])

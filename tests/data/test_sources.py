@@ -213,7 +213,7 @@ def test_the_hash_set_is_a_set(values: list[int]) -> None:
 
 def test_the_hash_set_grows() -> None:
     ours = _HashSet()
-    values = [text_digest(str(i)) for i in range(5000)]
+    values = [text_digest(str(i).encode()) for i in range(5000)]
     assert all(ours.add(value) for value in values) and not any(ours.add(value) for value in values)
 
 
