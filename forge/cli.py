@@ -207,7 +207,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
     from forge.evaluate.text import evaluate_text
 
     _check_model_dir(target)
-    result = evaluate_text(target, (text for text, _ in documents(DataConfig(source=data))))
+    result = evaluate_text(target, (text for text, *_ in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
