@@ -36,7 +36,7 @@ bench-quality: $(VENV)/.installed
 bench-speed: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
 
-# A billion parameters in 8 GB: half an hour.
+# A billion parameters in 8 GB: an hour on two cores.
 bench-billion: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.billion --output benchmarks/results/billion.md $(ARGS)
 

@@ -53,7 +53,7 @@ def main() -> int:
     base = load_config(options.config, options.set)
     tokens = options.steps * base.train.batch_size * base.model.max_seq_len
     config = load_config(options.config, [
-        "data.source=python-stdlib", "data.max_bytes=16_000_000", "router.tokens=100_000", "evaluation.tokens=2_000",
+        "data.source=python-stdlib", "data.max_bytes=8_000_000", "router.tokens=50_000", "evaluation.tokens=2_000",
         "evaluation.samples=1", "evaluation.sample_tokens=16", f"train.shared.tokens={tokens}",
         f"train.expert.tokens={tokens}", *options.set])  # fmt: skip
     limit = parse_size(options.ram)

@@ -162,7 +162,7 @@ def _measure(root: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
 
 def _write_run(root: Path, partitions: int, lease_seconds: float) -> Path:
     """The corpus and the config of the smallest run with so many partitions."""
-    text = "\n".join(text for text, _ in documents(DataConfig(source="python-stdlib")))
+    text = "\n".join(text for text, *_ in documents(DataConfig(source="python-stdlib")))
     corpus, path = root / "corpus.jsonl", root / "fleet.yaml"
     corpus.write_text("".join(json.dumps({"text": text[at : at + CHARACTERS]}) + "\n" for at in range(
         0, DOCUMENTS * partitions * CHARACTERS, CHARACTERS)), encoding="utf-8")  # fmt: skip

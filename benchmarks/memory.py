@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def _config(point: Point, directory: Path) -> RunConfig:
-    text = "\n".join(text for text, _ in documents(DataConfig(source="python-stdlib")))
+    text = "\n".join(text for text, *_ in documents(DataConfig(source="python-stdlib")))
     tokenizer_files(train_tokenizer([text], point.vocab_size), directory, point.max_seq_len)
     source = directory / "corpus.jsonl"
     pieces = [text[i * DOCUMENT_CHARACTERS : (i + 1) * DOCUMENT_CHARACTERS] for i in range(DOCUMENTS)]

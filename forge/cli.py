@@ -207,7 +207,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
     from forge.evaluate.text import evaluate_text
 
     _check_model_dir(target)
-    result = evaluate_text(target, (text for text, _ in documents(DataConfig(source=data))))
+    result = evaluate_text(target, (text for text, *_ in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
@@ -231,6 +231,23 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+              help="HTML file to write; default report.html beside the run's other reports.")  # fmt: skip
+@report_errors()
+def report(run_dir: Path, output: Path | None) -> None:
+    """Write the story of a run as one HTML file, to send to someone."""
+    if not (run_dir / "run.yaml").is_file():
+        raise StorageError(f"{run_dir} is not a run directory: it has no run.yaml.")
+    from forge.files import RunDirectory
+    from forge.report import write_report
+
+    run = RunDirectory(run_dir)
+    target = output or run.reports / "report.html"
+    click.echo(f"{target} ({write_report(run, target) / 1000:,.0f} kB); the plots in it are in {run.reports}")
 
 
 @main.command()

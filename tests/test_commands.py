@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 from pathlib import Path
+import re
 import shutil
 
 import pytest
 
+from forge.vocabulary import MANIFEST_FILE
 from tests.commands import is_one_sentence, run, tree, worked
 from tests.conftest import Road
 from tests.fakes.hub import fake_hub
@@ -50,6 +54,28 @@ def test_generate_is_a_function_of_its_seed_and_takes_a_run_or_its_model(road: R
                      for where in ("run", "run/model"))  # fmt: skip
     assert first.code == 0 and first.out.startswith("The sail") and first.out == second.out
     assert len(first.err.splitlines()) == 1 and "tokens/s" in first.err
+
+
+def test_report_is_one_file_that_asks_for_nothing(road: Road, tmp_path: Path) -> None:
+    assert "report.html (" in worked(run("forge report run", road.desk)).out
+    page = (road.desk / "run" / "reports" / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import|<script""", page), "the page loads something"
+    images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(images) == 3 and all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    rows = json.loads((road.desk / "run" / "reports" / "evaluation.json").read_text())["rows"]
+    assert all(f"{row['mean_perplexity']:,.2f}" in page for row in rows)
+    assert all(sentence in html.unescape(page) for sentence in rows[-1]["explanation"])
+
+    shutil.copytree(road.desk / "run", tmp_path / "run")
+    manifest = tmp_path / "run" / "model" / MANIFEST_FILE
+    manifest_tree = json.loads(manifest.read_text())
+    manifest_tree["experts"][0]["credit"]["node_name"] = "<script>alert(1)</script>"
+    manifest.write_text(json.dumps(manifest_tree))
+    worked(run("forge report run --output story.html", tmp_path))
+    story = (tmp_path / "story.html").read_text()
+    assert "<script" not in story and "&lt;script&gt;alert(1)" in story
+    (tmp_path / "run" / "reports" / "evaluation.json").unlink()
+    is_one_sentence(run("forge report run", tmp_path), "storage", "has not been evaluated yet")
 
 
 def test_push(road: Road) -> None:
