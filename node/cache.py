@@ -53,7 +53,9 @@ class Submission:
 
 @contextmanager
 def exclusive(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory for this process alone; the lock ends with the process, however it ends.
+    """Hold the data directory for this process alone, without what a killed one left half-written in it.
+
+    The lock ends with the process, however it ends.
 
     Raises:
         StorageError: another agent holds it, or it cannot be written.
@@ -66,6 +68,7 @@ def exclusive(data_dir: Path) -> Iterator[None]:
         if not _lock(file.fileno()):
             raise StorageError(f"Another forge-node already uses {data_dir}: give this one a directory of its own with "
                                "--data-dir.")  # fmt: skip
+        remove_temporaries(data_dir)
         yield
     finally:
         file.close()
