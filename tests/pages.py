@@ -8,7 +8,7 @@ above it says otherwise. Blocks without a mark show what was printed, and indent
     <!-- not run: it needs the Hub -->       the reason, which the tests list
     <!-- until: to watch: -->               goes on in the background once this was printed; ended by Ctrl-C after the page
     <!-- first: Ctrl-C -->                   what runs in the background is ended before
-    <!-- exit: 13 -->                       the exit code, when it is not 0
+    <!-- exit: 13 -->                       the exit code, when it is not 0 (in the background: when it ends by itself)
     <!-- set: KEY=VALUE KEY=VALUE -->       environment of the block
     <!-- file: node.yaml -->                the block is written to this file (yaml must be)
     <!-- given: smoke is a tiny config -->  anywhere: what lies in the directory beforehand; see `_given`
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
@@ -161,19 +162,24 @@ class Desk:
         while self._servers:
             block, process, output = self._servers.pop()
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
+                _signal(process, signal.SIGINT)
             try:
                 process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            assert process.returncode in (0, 130, -signal.SIGINT), f"{block.where}: {output.read_text(errors='replace')}"
+            finally:
+                _signal(process, signal.SIGKILL)
+            good = {0, 130, -signal.SIGINT, int(block.notes.get("exit", 0))}
+            assert process.returncode in good, f"{block.where}: {output.read_text(errors='replace')}"
 
     def kill(self) -> None:
         """Leave nothing running after a failure."""
         for _, process, _ in self._servers:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            _signal(process, signal.SIGKILL)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _given(directory: Path, page: Path, desk: Path | None) -> None:
