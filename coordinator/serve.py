@@ -44,7 +44,7 @@ from coordinator.snapshot import Snapshots
 from coordinator.state import State
 from forge.config import RunConfig
 from forge.errors import ConfigError, StorageError, storage_errors
-from forge.files import Beginning, RunDirectory, write_json
+from forge.files import RunDirectory, claimed, write_json
 from forge.system import peak_resident_bytes
 from forge.vocabulary import CHUNK_BYTES
 
@@ -108,7 +108,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
     Raises:
         NetworkError: the address cannot be listened on.
         RunMismatchError: the directory holds another run.
-        StorageError: the directory cannot be written, or another coordinator works on it.
+        StorageError: the directory cannot be written, or another process works in it.
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
@@ -168,10 +168,8 @@ class Coordinator:
             page = self._dashboard_page = self._page()
             if page is not None:
                 undo.callback(page.stop)
-            beginning = Beginning(self._run_dir)
             check_free(host, port)
-            undo.enter_context(_only_one(self._run_dir))
-            undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
+            undo.enter_context(claimed(self._run_dir))
             run = RunDirectory.open(self._run_dir, self._config)
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)
@@ -288,28 +286,6 @@ class Coordinator:
             _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
         self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
                             if self._stop_asked.is_set() else "")  # fmt: skip
-
-
-@contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock, which the system lets go of however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the port is the only lock.
-        yield
-        return
-    with storage_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / "coordinator.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(f"Another coordinator works in {run_dir}: stop it first, or choose another run "
-                               "directory.") from error  # fmt: skip
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

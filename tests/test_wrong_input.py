@@ -307,9 +307,11 @@ def test_a_port_in_use(fleet: Fleet) -> None:
     assert not (fleet.desk / "second").exists()
 
 
-def test_a_run_directory_in_use(fleet: Fleet) -> None:
-    outcome = run(f"{SERVE} --run-dir disk/run", fleet.desk, fleet.disk)
-    is_one_sentence(outcome, "storage", "Another coordinator works in", "disk/run", "choose another run directory")
+@pytest.mark.parametrize("command", [SERVE, "forge run tiny.yaml"])
+def test_a_run_directory_in_use(fleet: Fleet, command: str) -> None:
+    outcome = run(f"{command} --run-dir disk/run", fleet.desk, fleet.disk)
+    is_one_sentence(outcome, "storage", "Another forge or forge-coordinator works in", "disk/run",
+                    "choose another run directory")  # fmt: skip
     assert (fleet.run.root / "coordinator.json").is_file() and fleet.partitions()
 
 
