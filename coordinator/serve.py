@@ -90,7 +90,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0, dashboard: str | None = None) -> int:  # fmt: skip
+          insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -101,6 +101,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         exit_when_done: return when every expert is accepted and the model evaluated.
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
+        ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -112,7 +113,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard)  # fmt: skip
+                              dashboard=dashboard, ram_bytes=ram_bytes)  # fmt: skip
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -134,17 +135,18 @@ class Coordinator:
         clock: seconds since the epoch.
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
+        ram_bytes: memory that each job may use, or None.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
                  exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
-                 limits: Limits | None = None) -> None:  # fmt: skip
+                 limits: Limits | None = None, ram_bytes: int | None = None) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
-        self._dashboard = dashboard
+        self._dashboard, self._ram_bytes = dashboard, ram_bytes
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -229,7 +231,7 @@ class Coordinator:
         curves = Curves(run.reports / "curves.json")
         undo.callback(curves.save)
         activity, journal = Activity(), Journal(run.root / "events.jsonl", self._echo)
-        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run))
+        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run), self._ram_bytes)
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,

@@ -7,7 +7,7 @@ its nodes. Only the functions that run inside a child process import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes
 from forge.train.memory import STAGES as MEMORY_STAGES
-from forge.train.memory import plan, process_bytes
+from forge.train.memory import Stage, plan, process_bytes
 from forge.vocabulary import STAGES
 
 Progress = Callable[..., None]
@@ -275,11 +275,11 @@ def note_memory(run: RunDirectory, process: str, facts: dict[str, Any]) -> None:
     write_json(path, rows)
 
 
-def check_budget(config: RunConfig, ram_bytes: int) -> None:
+def check_budget(config: RunConfig, ram_bytes: int, stages: Iterable[Stage] = MEMORY_STAGES) -> None:
     """Refuse a budget that cannot hold every stage, before anything is read or downloaded.
 
     Raises:
         MemoryBudgetError: names the `--ram` that would do.
     """
-    for stage in MEMORY_STAGES:
+    for stage in stages:
         plan(config, stage, ram_bytes)

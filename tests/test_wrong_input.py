@@ -71,6 +71,7 @@ WRONG = [
     ("forge-coordinator serve --config broken.yaml", "config", ["broken.yaml, line 3", "not valid YAML"]),
     (f"{SERVE} data.source=blank.txt", "data", ["blank.txt has no text", "empty or blank"]),
     (f"{SERVE} data.source=small.txt", "data", ["1 documents", "model.n_experts: 2", "use more text"]),
+    (f"{SERVE} --ram 64M", "memory", ["--ram allows 64M", "use --ram ", "M or more."]),
     (f"{SERVE} --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
     ("forge-coordinator serve --config tiny.yaml --listen here", "config", ["--listen 'here'", "HOST:PORT"]),
     (f"{SERVE} --push tiny", "config", ["--push 'tiny'", "USER/REPO"]),
