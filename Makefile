@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
+.PHONY: demo test test-faults test-lan test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
 	bench-generation bench-prepare bench-memory bench-startup format clean
 
 demo: $(VENV)/.installed
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-dev
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.sweep $(ARGS)
+
+# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+test-lan: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.lan $(ARGS)
 
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev

@@ -38,11 +38,13 @@ def main() -> None:
               help="Where to serve the web page; another free port when the default one is in use.")  # fmt: skip
 @click.option("--ram", default=None, metavar="SIZE",
               help="Memory that a stage, a verdict or an evaluation may use, such as 8G; default all there is.")  # fmt: skip
+@click.option("--announce/--no-announce", default=True, show_default=True,
+              help="Whether nodes on this network may find it; on a loopback address it never is announced.")  # fmt: skip
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
-          dashboard: str | None, ram: str | None, exit_when_done: bool, insecure: int) -> None:  # fmt: skip
+          dashboard: str | None, ram: str | None, announce: bool, exit_when_done: bool, insecure: int) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.serve import serve as run
     from forge.config import load_config
@@ -54,7 +56,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
     if ram_bytes is not None:
         check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard, ram_bytes)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 

@@ -43,8 +43,9 @@ from coordinator.servicer import SERVICES, register
 from coordinator.snapshot import Snapshots
 from coordinator.state import State
 from forge.config import RunConfig
-from forge.errors import ConfigError, StorageError, storage_errors
+from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
 from forge.files import RunDirectory, claimed, write_json
+from forge.lan import Announcement, announced, shown
 from forge.system import peak_resident_bytes
 from forge.vocabulary import CHUNK_BYTES
 
@@ -90,7 +91,8 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None) -> int:  # fmt: skip
+          insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None,
+          announce: bool = True) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -102,6 +104,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
         ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
+        announce: whether nodes on this network may find it; one that listens on loopback never is announced.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -113,7 +116,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard, ram_bytes=ram_bytes)  # fmt: skip
+                              dashboard=dashboard, ram_bytes=ram_bytes, announce=announce)  # fmt: skip
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -136,17 +139,19 @@ class Coordinator:
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
         ram_bytes: memory that each job may use, or None.
+        announce: as for `serve`.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
                  exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
-                 limits: Limits | None = None, ram_bytes: int | None = None) -> None:  # fmt: skip
+                 limits: Limits | None = None, ram_bytes: int | None = None,
+                 announce: bool = False) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
-        self._dashboard, self._ram_bytes = dashboard, ram_bytes
+        self._dashboard, self._ram_bytes, self._announce = dashboard, ram_bytes, announce
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -186,12 +191,15 @@ class Coordinator:
             if page is not None:
                 page.start(self._desk.snapshots.take, self._job, str(run.root))
                 undo.callback(page.stop)  # before the database that it reads is closed
+            addresses = invitation_addresses(host, bound)
             write_json(run.root / INFO_FILE, {
-                "address": self.address, "addresses": invitation_addresses(host, bound), "pid": os.getpid(),
+                "address": self.address, "addresses": addresses, "pid": os.getpid(),
                 "encrypted": not self._insecure, **({} if page is None else {"dashboard": page.url})})  # fmt: skip
             undo.callback((run.root / INFO_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
-            self._greet(run)
+            self._greet(run, authority.fingerprint)
+            if self._announce and not is_loopback(host) and not self._insecure:
+                undo.enter_context(self._found_on_network(addresses, authority.fingerprint))
             for line in () if page is None else page.greeting:
                 self._echo(line)
             self._work.start()
@@ -262,8 +270,20 @@ class Coordinator:
 
         return Dashboard(None if self._dashboard is None else parse_listen(self._dashboard, "--dashboard"))
 
-    def _greet(self, run: RunDirectory) -> None:
-        self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}")
+    @contextmanager
+    def _found_on_network(self, addresses: list[str], fingerprint: bytes) -> Iterator[None]:
+        """Let nodes find this coordinator; a network that does not carry it stops nothing."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(announced(Announcement(name=self._config.name, addresses=addresses, fingerprint=fingerprint)))
+                self._echo("announced on this network: `forge-node join` finds it there (--no-announce ends that)")
+            except NetworkError as error:
+                self._echo(f"{error} Nodes need the invitation's address.")
+            yield
+
+    def _greet(self, run: RunDirectory, fingerprint: bytes) -> None:
+        ca = "" if self._insecure else f", CA {shown(fingerprint)}"
+        self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}{ca}")
         if self._insecure:
             self._echo("WARNING: nothing is encrypted (--insecure): whoever is on the line can read and change everything")
         self._echo(f"to invite a machine:  forge-coordinator token create --run-dir {shlex.quote(str(run.root))}")

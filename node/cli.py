@@ -93,29 +93,33 @@ def join(where: str | None, token: str | None, data_dir: Path | None, config: Pa
     """Join a run and train one expert after the other.
 
     The first time it needs the INVITATION that the coordinator's operator made (or FORGE_TOKEN, which other users of
-    this machine cannot see); later it remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator
-    is now, if that is not where it was.
+    this machine cannot see); without one it shows the coordinators on this network and asks for it. Later it
+    remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator is now, if that is not where it was.
     """
     from node.preferences import load_preferences
 
     here = (data_dir or default_data_dir()).resolve()
     preferences = load_preferences(config, here, {key.replace("_", "-"): value for key, value in limits.items()})
-    link = make_link(where, token, here, insecure)
+    link = make_link(where, token, here, insecure, ask=True)
     sys.exit(run_node(link, preferences, here, once))
 
 
-def make_link(where: str | None, token: str | None, data_dir: Path, insecure: int) -> Link:
-    """The line to the coordinator that arguments, environment and the node's memory name."""
+def make_link(where: str | None, token: str | None, data_dir: Path, insecure: int, ask: bool = False) -> Link:
+    """The line to the coordinator that arguments, environment and the node's memory name, or, with `ask`, the owner does."""
     from forge.invitation import PREFIX, Invitation
-    from node.link import Link
+    from node.link import BOOK_FILE, Link
+    from node.nearby import look, meet
 
     # Taken out of the environment so that the training process does not inherit it.
     text = token or os.environ.pop("FORGE_TOKEN", None)
     address = where or os.environ.get("FORGE_COORDINATOR")
     if address is not None and address.startswith(PREFIX):
         text, address = token or address, None
-    return Link(parse_address(address) if address else None, data_dir=data_dir, insecure=insecure,
-                invitation=Invitation.parse(text) if text else None, otherwise=f"127.0.0.1:{DEFAULT_PORT}")  # fmt: skip
+    invitation = Invitation.parse(text) if text else None
+    if ask and not (address or invitation or insecure or (data_dir / BOOK_FILE).is_file()):
+        invitation = meet()
+    return Link(parse_address(address) if address else None, data_dir=data_dir, insecure=insecure, invitation=invitation,
+                otherwise=f"127.0.0.1:{DEFAULT_PORT}", look=None if address else look)  # fmt: skip
 
 
 def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, run_job: RunJob | None = None,
