@@ -3,8 +3,9 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-lan test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-prepare bench-memory bench-startup format clean
+.PHONY: demo test test-faults test-lan test-llama check docs format clean
+.PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
+	bench-prepare bench-memory bench-startup
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -27,7 +28,7 @@ test-llama: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy forge coordinator node benchmarks tests
+	$(BIN)/mypy forge coordinator node benchmarks tests docs
 	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
@@ -67,6 +68,10 @@ bench-startup: $(VENV)/.installed
 
 bench-memory: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
+
+# The pages that are written from the code: docs/cli.md and docs/configuration.md.
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.generate
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

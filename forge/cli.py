@@ -33,7 +33,8 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
         click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
         click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
-        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True),
+        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
+                     help="Where experts train."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
