@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
+.PHONY: demo test test-faults test-network soak test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
 	bench-generation bench-prepare bench-memory bench-startup format clean
 
 demo: $(VENV)/.installed
@@ -15,6 +15,14 @@ test: $(VENV)/.installed-dev
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.sweep $(ARGS)
+
+# A node behind bad lines: ten minutes, and a table.
+test-network: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.network $(ARGS)
+
+# Run after run on one coordinator process each, nodes that live on: does anything grow? ARGS="--hours 0.25" is a shorter one.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev
