@@ -78,6 +78,27 @@ def status(run_dir: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))
 
 
+@main.command()
+@click.option("--nodes", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Machines at a time.")
+@click.option("--experts", type=click.IntRange(1, 100_000), default=40, show_default=True, help="Partitions of the run.")
+@click.option("--churn", type=click.FloatRange(0, 0.99), multiple=True, help="Share of the nodes that leave in the time in "
+              "which a usual one trains one expert. May be given several times.  [default: 0, 0.1 .. 0.5]")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Runs of which the mean is shown.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The first of them.")
+@click.option("--expert-hours", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True,
+              help="Hours in which a usual node trains one expert.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def simulate(nodes: int, experts: int, churn: tuple[float, ...], seeds: int, seed: int, expert_hours: float,
+             as_json: bool) -> None:  # fmt: skip
+    """Print how long a run would take with nodes that come and go, and what of their work would be wasted."""
+    from coordinator.simulation import Scenario, describe, table
+
+    base = Scenario(nodes=nodes, experts=experts, churn=0.0, seed=seed, expert_hours=expert_hours)
+    rows = table(base, churn or tuple(step / 10 for step in range(6)), seeds)
+    click.echo(json.dumps(rows, indent=2) if as_json else describe(rows))
+
+
 @main.group()
 def token() -> None:
     """Invite machines: an invitation is one string that lets a number of nodes in."""

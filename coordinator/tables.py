@@ -91,7 +91,8 @@ class Partition(Base):
 
 class Lease(Base):
     """A node's claim on a partition. While it is active, `active_node` and `active_partition` repeat its node and
-    partition: their unique constraints are what allows one active lease a node and one a partition.
+    partition: their unique constraints are what allows one active lease a node and one a partition. A backup lease has no
+    `active_partition`, until the lease that it backs up has ended.
     """
 
     __tablename__ = "leases"
