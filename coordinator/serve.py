@@ -33,6 +33,7 @@ from coordinator.blobs import Uploads, largest_shard
 from coordinator.curves import Curves
 from coordinator.gate import Gate
 from coordinator.handlers import Desk
+from coordinator.invite import create_token, join_line
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
 from coordinator.journal import Journal, print_line
 from coordinator.phases import Work
@@ -64,6 +65,8 @@ FAREWELL_SECONDS = 20.0
 ANSWER_SECONDS = 2.0
 #: A node that was seen within so many seconds is still waited for: it may not have found its way back after a restart.
 LATELY_SECONDS = 60.0
+#: How long the invitation is good that is printed at the start.
+INVITED_FOR = "7d"
 #: `--dashboard off`.
 OFF = "off"
 #: Calls that may wait for a worker or be answered at one time; more are told to come back.
@@ -91,7 +94,8 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0, dashboard: str | None = None, announce: bool = True) -> int:  # fmt: skip
+          insecure: int = 0, dashboard: str | None = None, announce: bool = True,
+          invite: int = 0) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -103,6 +107,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
         announce: whether nodes on this network may find it; one that listens on loopback never is announced.
+        invite: how many nodes an invitation lets in that is printed; 0 prints none.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -114,7 +119,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard, announce=announce)  # fmt: skip
+                              dashboard=dashboard, announce=announce, invite=invite)  # fmt: skip
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -136,18 +141,19 @@ class Coordinator:
         clock: seconds since the epoch.
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
-        announce: as for `serve`.
+        announce, invite: as for `serve`.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
                  exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
-                 limits: Limits | None = None, announce: bool = False) -> None:  # fmt: skip
+                 limits: Limits | None = None, announce: bool = False,
+                 invite: int = 0) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
-        self._dashboard, self._announce = dashboard, announce
+        self._dashboard, self._announce, self._invite = dashboard, announce, invite
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -186,16 +192,17 @@ class Coordinator:
             bound = bind(server, host, port, None if self._insecure else authority.credentials())
             self.address = f"{host}:{bound}"
             self._offer(server)
-            if page is not None:
-                page.start(self._desk.snapshots.take, self._job, str(run.root))
-                undo.callback(page.stop)  # before the database that it reads is closed
             addresses = invitation_addresses(host, bound)
             write_json(run.root / INFO_FILE, {
                 "address": self.address, "addresses": addresses, "pid": os.getpid(),
                 "encrypted": not self._insecure, **({} if page is None else {"dashboard": page.url})})  # fmt: skip
             undo.callback((run.root / INFO_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
-            self._greet(run, authority.fingerprint)
+            invitation = self._invitation(run, addresses) if self._invite else ""
+            if page is not None:
+                page.start(self._desk.snapshots.take, self._job, str(run.root), invitation)
+                undo.callback(page.stop)  # before the database that it reads is closed
+            self._greet(run, authority.fingerprint, invitation)
             if self._announce and not is_loopback(host) and not self._insecure:
                 undo.enter_context(self._found_on_network(addresses, authority.fingerprint))
             for line in () if page is None else page.greeting:
@@ -279,11 +286,18 @@ class Coordinator:
                 self._echo(f"{error} Nodes need the invitation's address.")
             yield
 
-    def _greet(self, run: RunDirectory, fingerprint: bytes) -> None:
+    def _invitation(self, run: RunDirectory, addresses: list[str]) -> str:
+        text, encrypted = create_token(run.root, uses=self._invite, expires=INVITED_FOR, name="printed at the start",
+                                       addresses=addresses)  # fmt: skip
+        return join_line(text, encrypted)
+
+    def _greet(self, run: RunDirectory, fingerprint: bytes, invitation: str) -> None:
         ca = "" if self._insecure else f", CA {shown(fingerprint)}"
         self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}{ca}")
         if self._insecure:
             self._echo("WARNING: nothing is encrypted (--insecure): whoever is on the line can read and change everything")
+        if invitation:
+            self._echo(f"to send to a friend (a secret; good {self._invite} times in {INVITED_FOR}):  {invitation}")
         self._echo(f"to invite a machine:  forge-coordinator token create --run-dir {shlex.quote(str(run.root))}")
 
     def _see_off(self) -> None:
