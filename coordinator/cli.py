@@ -44,21 +44,29 @@ def main() -> None:
               help="Whether nodes on this network may find it; on a loopback address it never is announced.")  # fmt: skip
 @click.option("--invite", type=click.IntRange(0, 10_000), default=None, metavar="USES", show_default="5 on a terminal when "
               "other machines can reach it, else 0", help="Print an invitation for so many nodes.")  # fmt: skip
+@click.option("--ram", default=None, metavar="SIZE",
+              help="Memory that a stage, a verdict or an evaluation may use, such as 8G; default all there is.")  # fmt: skip
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
-          dashboard: str | None, announce: bool, invite: int | None, exit_when_done: bool, insecure: int) -> None:  # fmt: skip
+          dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
+          insecure: int) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.addresses import is_loopback, parse_listen
     from coordinator.serve import serve as run
     from forge.config import load_config
+    from forge.pipeline import check_budget
+    from forge.train.memory import STAGES, parse_size
 
     resolved = load_config(config, overrides)
     if invite is None:  # Where no person reads it, a secret would only lie in a log.
         invite = INVITED if sys.stdout.isatty() and not is_loopback(parse_listen(listen)[0]) else 0
+    ram_bytes = None if ram is None else parse_size(ram)
+    if ram_bytes is not None:
+        check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard, announce, invite)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce, invite)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 

@@ -45,7 +45,7 @@ from coordinator.snapshot import Snapshots
 from coordinator.state import State
 from forge.config import RunConfig
 from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
-from forge.files import Beginning, RunDirectory, write_json
+from forge.files import RunDirectory, claimed, write_json
 from forge.lan import Announcement, announced, shown
 from forge.system import peak_resident_bytes
 from forge.vocabulary import CHUNK_BYTES
@@ -94,7 +94,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0, dashboard: str | None = None, announce: bool = True,
+          insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None, announce: bool = True,
           invite: int = 0) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
@@ -108,6 +108,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
         announce: whether nodes on this network may find it; one that listens on loopback never is announced.
         invite: how many nodes an invitation lets in that is printed; 0 prints none.
+        ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -115,11 +116,11 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
     Raises:
         NetworkError: the address cannot be listened on.
         RunMismatchError: the directory holds another run.
-        StorageError: the directory cannot be written, or another coordinator works on it.
+        StorageError: the directory cannot be written, or another process works in it.
         ForgeError: what stopped a stage.
     """
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard, announce=announce, invite=invite)  # fmt: skip
+                              dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite)  # fmt: skip
     with _signals(coordinator.stop_soon) as received, coordinator:
         coordinator.wait()
     return received[0] if received else 0
@@ -142,18 +143,19 @@ class Coordinator:
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
         announce, invite: as for `serve`.
+        ram_bytes: memory that each job may use, or None.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
                  exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
-                 limits: Limits | None = None, announce: bool = False,
+                 limits: Limits | None = None, ram_bytes: int | None = None, announce: bool = False,
                  invite: int = 0) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
-        self._dashboard, self._announce, self._invite = dashboard, announce, invite
+        self._dashboard, self._ram_bytes, self._announce, self._invite = dashboard, ram_bytes, announce, invite
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -177,10 +179,8 @@ class Coordinator:
             page = self._dashboard_page = self._page()
             if page is not None:
                 undo.callback(page.stop)
-            beginning = Beginning(self._run_dir)
             check_free(host, port)
-            undo.enter_context(_only_one(self._run_dir))
-            undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
+            undo.enter_context(claimed(self._run_dir))
             run = RunDirectory.open(self._run_dir, self._config)
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)
@@ -244,7 +244,7 @@ class Coordinator:
         curves = Curves(run.reports / "curves.json")
         undo.callback(curves.save)
         activity, journal = Activity(), Journal(run.root / "events.jsonl", self._echo)
-        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run))
+        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run), self._ram_bytes)
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
@@ -320,28 +320,6 @@ class Coordinator:
             _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
         self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
                             if self._stop_asked.is_set() else "")  # fmt: skip
-
-
-@contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock, which the system lets go of however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the port is the only lock.
-        yield
-        return
-    with storage_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / "coordinator.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(f"Another coordinator works in {run_dir}: stop it first, or choose another run "
-                               "directory.") from error  # fmt: skip
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
