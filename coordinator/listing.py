@@ -35,10 +35,11 @@ def partitions(snapshot: Json) -> list[Json]:
 def node_lines(snapshot: Json) -> list[str]:
     """A line for each node, and how many more there are."""
     nodes, now = snapshot["nodes"], snapshot["now"]
-    rows = [[node["name"], node["device"], str(node["cores"]), _size(node["resident_bytes"]), _size(node["ram_limit_bytes"]),
-             "-" if node["partition"] is None else str(node["partition"]), node["activity"] or "-",
-             _number(node["tokens_per_second"], 0), str(node["accepted"]), str(node["rejected"]),
-             "revoked" if node["revoked"] else f"{max(0.0, now - node['seen_at']):.0f} s ago"] for node in nodes["shown"]]  # fmt: skip
+    rows = [[node["name"], node["device"] or "-", str(node["cores"]), _size(node["resident_bytes"]),
+             _size(node["ram_limit_bytes"]), "-" if node["partition"] is None else str(node["partition"]),
+             node["activity"] or "-", _number(node["tokens_per_second"], 0), str(node["accepted"]), str(node["rejected"]),
+             "revoked" if node["revoked"] else f"{max(0.0, now - node['seen_at']):.0f} s ago"]
+            for node in nodes["shown"]]  # fmt: skip
     lines = table("node device cores memory allowed partition does tokens/s accepted rejected seen", rows)
     more = nodes["total"] - len(nodes["shown"])
     return [*lines, f"and {more} more"] if more > 0 else lines

@@ -108,7 +108,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
         announce: whether nodes on this network may find it; one that listens on loopback never is announced.
         invite: how many nodes an invitation lets in that is printed; 0 prints none.
-        ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
+        ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -143,7 +143,7 @@ class Coordinator:
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
         announce, invite: as for `serve`.
-        ram_bytes: memory that each job may use, or None.
+        ram_bytes: memory that each job may use, or None.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,

@@ -142,7 +142,7 @@ def test_the_operator_sees_the_invitation_and_its_code(tmp_path: Path, browser: 
         watched.page.goto(url)
         watched.sees("#join", "forge-node join forge1_")
         box = watched.page.locator("#qr svg").bounding_box()
-        assert box is not None and box["width"] == box["height"] > 150
+        assert box is not None and box["width"] == box["height"] == 240
         if directory := os.environ.get("FORGE_SCREENSHOTS"):
             watched.page.screenshot(path=Path(directory) / "invitation.png", full_page=True)
         watched.page.goto(url.partition("#")[0] + "?anew")
