@@ -8,12 +8,15 @@ import os
 from pathlib import Path
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from forge.errors import INTERRUPTED, report_errors
 from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT
+
+if TYPE_CHECKING:
+    from forge.live import LogFormat
 
 # gRPC's C++ core writes to stderr by itself, beside the sentence of ours that says the same; it reads this when imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -46,12 +49,13 @@ def main() -> None:
               "other machines can reach it, else 0", help="Print an invitation for so many nodes.")  # fmt: skip
 @click.option("--ram", default=None, metavar="SIZE",
               help="Memory that a stage, a verdict or an evaluation may use, such as 8G; default all there is.")  # fmt: skip
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
           dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
-          insecure: int) -> None:  # fmt: skip
+          insecure: int, log_format: LogFormat) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.addresses import is_loopback, parse_listen
     from coordinator.serve import serve as run
@@ -66,7 +70,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
     if ram_bytes is not None:
         check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard, ram_bytes, announce, invite)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce, invite, log_format)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 

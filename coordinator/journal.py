@@ -11,9 +11,14 @@ import threading
 from typing import Any
 
 
+def time_of_day() -> str:
+    """What a line begins with."""
+    return f"[{datetime.now().strftime('%H:%M:%S')}] "
+
+
 def print_line(line: str) -> None:
     """Print a line with the time of day."""
-    sys.stdout.write(f"[{datetime.now().strftime('%H:%M:%S')}] {line}\n")
+    sys.stdout.write(f"{time_of_day()}{line}\n")
     sys.stdout.flush()
 
 

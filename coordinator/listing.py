@@ -102,7 +102,7 @@ def events(run_dir: Path, *, follow: bool = False, sleep: Callable[[float], None
 
 def _is_event(line: str) -> bool:
     try:
-        return {"ts", "event"} <= json.loads(line).keys()
+        return bool({"ts", "event"} <= json.loads(line).keys())
     except (ValueError, AttributeError):
         return False
 

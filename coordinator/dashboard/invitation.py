@@ -33,4 +33,5 @@ class Card:
         sent = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(sent, f"Bearer {self.key}".encode()):
             return PlainTextResponse("The address that the coordinator printed when it started shows the invitation.\n", 403)
-        return JSONResponse({"line": self._line, "svg": segno.make_qr(self._line, error="l").svg_inline(omitsize=True, light="white")})
+        code = segno.make_qr(self._line, error="l")
+        return JSONResponse({"line": self._line, "svg": code.svg_inline(omitsize=True, light="white")})
