@@ -3,8 +3,9 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-prepare bench-memory bench-startup docs format clean
+.PHONY: demo test test-faults test-network test-lan test-llama soak check docs format clean
+.PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
+	bench-prepare bench-memory bench-startup
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -15,6 +16,18 @@ test: $(VENV)/.installed-dev
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.sweep $(ARGS)
+
+# A node behind bad lines: ten minutes, and a table.
+test-network: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.network $(ARGS)
+
+# Run after run on one coordinator process each, nodes that live on: does anything grow? ARGS="--hours 0.25" is a shorter one.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.soak $(ARGS)
+
+# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+test-lan: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.lan $(ARGS)
 
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev

@@ -39,7 +39,7 @@ from coordinator.publication import Publication
 from coordinator.quotas import Quotas
 from coordinator.records import TRAINING, Counts, NodeRecord, Receipt
 from coordinator.snapshot import Snapshots
-from coordinator.state import State
+from coordinator.state import BEATS, State
 from forge.checkpoint.manifest import MAX_MANIFEST_BYTES, check_manifest
 from forge.config import RunConfig
 from forge.errors import ProtocolError, ShardError
@@ -52,8 +52,6 @@ MAX_WORD, MAX_LIST = 200, 4096
 MAX_NAME = 64
 #: Largest integer that every database holds.
 MAX_INTEGER = (1 << 63) - 1
-#: Heartbeats in the life of a lease: three may be lost.
-HEARTBEATS = 4
 #: Seconds until a node that waits for somebody's verdict asks again.
 VERDICT_WAIT_SECONDS = 2.0
 #: Questions for work in a second, at most, when every node of the run waits: each costs 2 ms of a processor.
@@ -158,14 +156,15 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
     if granted is None:
         return _nothing_open(desk.state.counts(), desk.state.draining, desk.state.count_nodes())
     if granted.fresh:
-        desk.note("leased", f"{node.name} trains expert {granted.partition}", node=node.name, lease_id=granted.id,
+        backup = ", whose node is slow, as well" if granted.backup else ""
+        desk.note("leased", f"{node.name} trains expert {granted.partition}{backup}", node=node.name, lease_id=granted.id,
                   partition=granted.partition)  # fmt: skip
     facts = desk.publication.facts
     partition = next(part for part in facts["partitions"] if part["partition"] == granted.partition)
     return Assignment(
         lease_id=granted.id, partition=granted.partition, partition_tokens=partition["tokens"],
         shared=_blob(facts["shared"]), shared_ffn=_blob(facts["shared_ffn"]), train_tokens=_blob(partition["train"]),
-        heartbeat_seconds=desk.config.fleet.lease_seconds / HEARTBEATS)  # fmt: skip
+        heartbeat_seconds=desk.config.fleet.lease_seconds / BEATS)  # fmt: skip
 
 
 def heartbeat(request: HeartbeatRequest, node: NodeRecord, desk: Desk) -> HeartbeatAnswer:

@@ -51,6 +51,8 @@ class LeaseRecord:
     ended: str | None
     fresh: bool = False
     """Whether it was granted just now."""
+    backup: bool = False
+    """Whether another node holds the partition, and is slower than this one will be, as far as anybody can tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,76 @@ def test_many_threads_get_each_partition_once(tmp_path: Path) -> None:
     state.close()
 
 
+def straggle(state: State, clock: Clock, step: int = 10) -> tuple[LeaseRecord, LeaseRecord]:
+    """Two partitions were accepted after a minute each, and node c is at `step` of 100 of the third; the lease of c, and
+    what a then gets.
+    """
+    slow = granted(state, "c", 2)
+    for node in "ab":
+        lease = granted(state, node)
+        clock.now += 30
+        submit(state, lease, "xy"[lease.partition])
+        state.accept(pending_id(state), loss=None, shared_loss=None)
+    state.heartbeat(slow.id, "c", {"activity": "training", "step": step, "steps": 100})
+    return slow, granted(state, "a")
+
+
+def test_a_straggler_is_backed_up_and_the_first_shard_counts(state: State, clock: Clock) -> None:
+    slow, backup = straggle(state, clock)
+    assert (backup.partition, backup.backup, slow.backup) == (2, True, False)
+    assert granted(state, "a").id == backup.id
+    assert state.grant("b") is None  # One backup is enough.
+    assert state.heartbeat(slow.id, "c", {}) == state.heartbeat(backup.id, "a", {}) == ("continue", "")
+    submit(state, backup, "z")
+    assert state.heartbeat(slow.id, "c", {})[0] == "continue"
+    state.accept(pending_id(state), loss=None, shared_loss=None)
+    assert state.heartbeat(slow.id, "c", {}) == ("abandon", ELSEWHERE)
+    assert state.counts().complete
+
+
+def test_whoever_is_nearly_done_is_not_backed_up(state: State, clock: Clock) -> None:
+    with pytest.raises(AssertionError):
+        straggle(state, clock, step=90)
+
+
+def test_a_node_that_never_gets_there_is_backed_up_whatever_it_says(state: State, clock: Clock) -> None:
+    with pytest.raises(AssertionError):
+        straggle(state, clock, step=99)
+    for _ in range(6):
+        clock.now += 30
+        lease = next(partition for partition in state.partitions() if partition.state == "leased")
+        assert lease.node_id == "c"
+        state.heartbeat(granted(state, "c").id, "c", {"activity": "training", "step": 99, "steps": 100})
+    assert granted(state, "a").backup
+
+
+@pytest.mark.parametrize("how", ["expired", "released", "revoked", "rejected"])
+def test_a_backup_takes_the_place_of_the_lease_that_ends(state: State, clock: Clock, how: str) -> None:
+    slow, backup = straggle(state, clock)
+    if how == "expired":
+        clock.now += LEASE_SECONDS - 1
+        state.heartbeat(backup.id, "a", {})
+        clock.now += 2
+    elif how == "released":
+        state.release(slow.id, "c")
+    elif how == "revoked":
+        state.revoke("c")
+    else:
+        submit(state, slow, "z")
+        state.reject(pending_id(state), ["bad"])
+    assert state.counts().leased == 1
+    assert (state.partitions()[2].node_id, granted(state, "a").backup) == ("a", False)
+    state.release(backup.id, "a")
+    assert states(state)[2] == "open"
+
+
+def test_a_backup_that_gives_up_leaves_the_first_lease_alone(state: State, clock: Clock) -> None:
+    slow, backup = straggle(state, clock)
+    state.release(backup.id, "a")
+    assert state.heartbeat(slow.id, "c", {})[0] == "continue"
+    assert state.partitions()[2].node_id == "c"
+
+
 class Partitions(RuleBasedStateMachine):
     """Whatever happens in whatever order: every partition is accepted at most once, and none is ever lost."""
 
@@ -287,10 +357,11 @@ class Partitions(RuleBasedStateMachine):
         assert lease is None or lease.partition not in self.accepted
         return lease
 
-    @rule(lease=leases)
-    def heartbeat(self, lease: LeaseRecord | None) -> None:
+    @rule(lease=leases, step=st.integers(0, 9))
+    def heartbeat(self, lease: LeaseRecord | None, step: int) -> None:
         if lease is not None:
-            order, reason = self.state.heartbeat(lease.id, lease.node_id, {})
+            told = {"activity": "training", "step": step, "steps": 9}
+            order, reason = self.state.heartbeat(lease.id, lease.node_id, told)
             assert order == "continue" or reason
             if order == "continue" and not reason:
                 assert self.state.lease(lease.id, lease.node_id).ended is None

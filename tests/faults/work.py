@@ -36,7 +36,7 @@ LISTEN_FILE, INVITATION_FILE, RECEIPTS_FILE = "listen", "invitation", "receipts"
 
 def choose_size(large: bool) -> None:
     """Have this process work on shards of one chunk, or of twelve."""
-    fakes.CONFIG = parse_config(_SMALL.model_dump() | {"model": _SMALL.model.model_dump() | ({"d_ff": 49_152} if large else {})})
+    fakes.CONFIG = parse_config(_SMALL.model_dump() | {"model": _SMALL.model.model_dump() | ({"d_ff": 12_288} if large else {})})
 
 
 _SMALL = fakes.CONFIG
