@@ -72,7 +72,8 @@ def test_the_invitation_says_which_and_what_it_does_not_name_is_refused() -> Non
 
 
 def test_a_machine_without_an_address_is_not_announced_and_that_is_no_traceback() -> None:
-    with pytest.raises(NetworkError, match="cannot be announced"), announced(announcement("a name", 1, "a-machine:7433"), LOOPBACK):
+    nowhere = announcement("a name", 1, "a-machine:7433")
+    with pytest.raises(NetworkError, match="cannot be announced"), announced(nowhere, LOOPBACK):
         pytest.fail("it was announced")
 
 
