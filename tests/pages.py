@@ -44,8 +44,8 @@ RUNNABLE = {"sh", "console", "python", "yaml"}
 PROGRAMS = {"forge", "forge-coordinator", "forge-node", "cat", "cd", "cp", "curl", "echo", "kill", "ls", "lm-eval", "mkdir",
             "rm", "tar"}  # fmt: skip
 COMMENT = re.compile(r"<!-- (not run|first|until|exit|set|file|given): (.*?) -->")
-#: Seconds that a block may take, and a process that was sent Ctrl-C: machines that do other things are slow.
-PATIENCE = 240
+#: Seconds that a block may take, and a process that was sent Ctrl-C: a machine that does ten other things is slow.
+PATIENCE = 600
 
 
 @dataclass(frozen=True, kw_only=True)

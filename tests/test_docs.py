@@ -50,11 +50,12 @@ def test_every_block_is_run_or_says_why_not(block: Block) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 @pytest.mark.parametrize("page", RUN)
 def test_a_page_does_what_it_says(page: str, road: Road) -> None:
     command = [*_NETWORK, sys.executable, "-m", "tests.pages", page, "--desk", str(road.desk), "--own-network"]
-    typed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    typed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     print(typed.stdout)
     assert typed.returncode == 0, typed.stderr
 
