@@ -1,6 +1,6 @@
 """llama.cpp as the oracle of our GGUF files: the same logits, the same greedy text, the same perplexity.
 
-Its Python binding compiles for ten minutes, so it is in no extra: `make test-llama` installs it and runs this file.
+Its Python binding compiles for ten minutes or more, so it is in no extra: `make test-llama` installs it and runs this file.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def test_the_same_logits(model_dir: Path, tmp_path: Path) -> None:
     tokens = load_tokenizer(model_dir / "tokenizer.json").encode(TEXT).ids[:200]
     expected = ours(model_dir, tokens)
     assert expected.std() > 0.5
-    error = np.abs(logits(tmp_path / "m.gguf", tokens, cache="F32") - expected).max()
-    print(f"f32, cache f32: largest difference of a logit {error:.1e}, where their standard deviation is {expected.std():.2f}")
-    assert error < 1e-3
+    errors = {cache: np.abs(logits(tmp_path / "m.gguf", tokens, cache) - expected).max() for cache in ("F32", "F16")}
+    print(f"f32: largest difference of a logit, by the cache's type: {errors}; standard deviation {expected.std():.2f}")
+    assert errors["F32"] < 1e-3 and errors["F16"] < 0.2
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16"])
