@@ -32,7 +32,7 @@ test-lan: $(VENV)/.installed-dev
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/publish/test_llama.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP tests/publish/test_llama.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

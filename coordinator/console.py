@@ -44,7 +44,8 @@ def view(snapshot: Json, ram_bytes: int | None) -> View:
     idle = phase["phase"] == "experts" and any(expert["state"] == "open" for expert in experts) and not any(
         expert["state"] == "leased" for expert in experts)  # fmt: skip
     return View(title=f"{snapshot['run']['name']}: {phase['sentence']}", done=step / steps if steps else 0.0,
-                facts=tuple(facts), left=left + how_long["because"], waits_for="a node that trains" if idle else "")  # fmt: skip
+                facts=tuple(facts), left=left + how_long["because"],
+                waits_for="waiting for a node that trains" if idle else "")  # fmt: skip
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from coordinator.quotas import Limits, Quotas
 from coordinator.servicer import SERVICES, register
 from coordinator.snapshot import Json, Snapshots
 from coordinator.state import State
+from forge.checkpoint.handover import largest_checkpoint
 from forge.config import RunConfig
 from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
 from forge.files import RunDirectory, claimed, write_json
@@ -261,7 +262,7 @@ class Coordinator:
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
                               push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
-        uploads = Uploads(run.blobs, largest_shard(config.model))
+        uploads = Uploads(run.blobs, largest_shard(config.model), largest_checkpoint(config))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
                           journal=journal, echo=(lambda _: None) if self._watched else self._echo, curves=curves)  # fmt: skip
         snapshots = Snapshots(config=config, run=run, state=state, activity=activity, curves=curves, clock=self._clock)

@@ -39,6 +39,7 @@ class View:
     left: str = ""
     """How long still, and why."""
     waits_for: str = ""
+    """What it waits for, as a sentence."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As many lines as the window has room for."""
@@ -54,8 +55,7 @@ class View:
             columns = min(BAR_COLUMNS, options.max_width)
             full = round(min(self.done, 1.0) * columns)
             yield Text.assemble(("━" * full, "green"), ("┄" * (columns - full), "dim"))
-        waits = f"waits for: {self.waits_for}" if self.waits_for else ""
-        for text, style in ((facts, ""), (self.left, "dim"), (waits, "yellow")):
+        for text, style in ((facts, ""), (self.left, "dim"), (self.waits_for, "yellow")):
             if text:
                 yield Text(text, style=style)
 

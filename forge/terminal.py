@@ -44,6 +44,7 @@ class Printer:
         if event["event"] == "stage":
             self._last = 0.0
             self.out.line(f"== {event['stage']}", "stage")
+            self.out.show(View(title=str(event["stage"])))
             return
         if not event["steps"] and not event.get("message"):
             return

@@ -189,11 +189,13 @@ def resume(data_dir: Path | None) -> None:
 
 
 @main.command()
+@click.option("--now", is_flag=True, help="Do not wait for the expert: at the next checkpoint, send what was trained so far, "
+              "which another node goes on from.")  # fmt: skip
 @_data_dir_option
 @report_errors()
-def finish(data_dir: Path | None) -> None:
+def finish(now: bool, data_dir: Path | None) -> None:
     """Have the node that runs here hand in its current expert, then leave."""
-    _tell(data_dir, {"do": "finish"})
+    _tell(data_dir, {"do": "finish", "now": now})
 
 
 @main.command()
