@@ -56,6 +56,15 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """An unfinished expert: `size` in bytes, `step` the next one of its training."""
+
+    sha256: str
+    size: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """The verdict on a shard, and why."""
 

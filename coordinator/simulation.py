@@ -7,7 +7,7 @@ share `churn` of them is gone after the time in which a usual node trains one ex
     crash    gone without a word; another machine joins later
     sleep    the lid is closed; it goes on from its checkpoint when it is opened again
     offline  the line is gone; it trains on, and hands in late
-    leave    the owner stops it: the lease is given back; another machine joins later
+    leave    the owner stops it: its checkpoint goes to the next node with the lease; another machine joins later
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import random
 from statistics import fmean
 
-from coordinator.records import TRAINING, LeaseRecord
+from coordinator.records import TRAINING, CheckpointRecord, LeaseRecord
 from coordinator.state import State
 
 #: The spread of speeds (standard deviation of their logarithm), and how much slower a straggler is.
@@ -32,8 +32,8 @@ BEATS = 1.25
 STEPS = 1000
 WAYS = ("crash", "sleep", "offline", "leave")
 #: What is counted: leases that expired, backups that were granted, shards that came late and were welcome all the same, shards
-#: that came when another one was there, shards that were rejected, and how nodes went.
-COUNTED = ("expired", "backups", "late", "turned_away", "rejected", *WAYS)
+#: that came when another one was there, checkpoints that went to the next node, shards that were rejected, and how nodes went.
+COUNTED = ("expired", "backups", "late", "turned_away", "handed_over", "rejected", *WAYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class Simulation:
         self._accepted = 0
         self._trained = self._worth = 0.0  # node-hours: all, and those of which an accepted shard is made
         self._hours: dict[str, float] = {}  # of every shard
+        self._left: dict[str, _Checkpoint] = {}
 
     def run(self) -> dict[str, float]:
         """Simulate; what came of it. Times in hours."""
@@ -140,7 +141,8 @@ class Simulation:
     def _train(self, node: _Node, lease: LeaseRecord) -> None:
         node.lease, node.busy, node.since = lease, True, self._now
         shift = node.shift = node.shift + 1
-        begun = node.kept.setdefault(lease.partition, _Checkpoint())
+        left = self._state.inherited(lease.id)
+        begun = node.kept.setdefault(lease.partition, self._left[left.sha256] if left is not None else _Checkpoint())
         self._at((1.0 - begun.done) * self._of.expert_hours / node.speed, lambda: self._finish(node, shift))
         self._at(0.0, lambda: self._beat(node, shift))
 
@@ -204,9 +206,16 @@ class Simulation:
         if way == "sleep":
             return self._at(away, lambda: self._return(node))
         if way == "leave" and node.lease is not None:
-            self._state.release(node.lease.id, node.id)
+            self._hand_over(node, node.lease)
             self._wake()
         self._at(away, self._arrive)
+
+    def _hand_over(self, node: _Node, lease: LeaseRecord) -> None:
+        checkpoint, sha256 = node.kept[lease.partition], f"{next(self._names):064x}"
+        step = int(checkpoint.done * STEPS)
+        self._left[sha256] = checkpoint
+        left = CheckpointRecord(sha256=sha256, size=1, step=step) if 0 < step < STEPS else None
+        self._counts["handed_over"] += self._state.release(lease.id, node.id, left)
 
     def _return(self, node: _Node) -> None:
         node.online = True
@@ -292,11 +301,12 @@ def table(base: Scenario, churns: Sequence[float], seeds: int) -> list[dict[str,
 def describe(rows: Sequence[dict[str, float]]) -> str:
     """The table as Markdown."""
     lines = ["| churn | hours, ideal | hours | node-hours | of them wasted | leases expired | backups | late, welcome "
-             "| turned away | rejected | accepted |", "|---" * 11 + "|"]  # fmt: skip
+             "| turned away | handed over | rejected | accepted |", "|---" * 12 + "|"]  # fmt: skip
     for row in rows:
         share = row["wasted_node_hours"] / row["trained_node_hours"]
         cells = [f"{row['churn']:.1f}", f"{row['ideal_hours']:.1f}", f"{row['hours']:.1f}", f"{row['trained_node_hours']:.0f}",
                  f"{row['wasted_node_hours']:.0f} ({share:.0%})"]  # fmt: skip
-        cells += [f"{row[what]:.0f}" for what in ("expired", "backups", "late", "turned_away", "rejected", "accepted")]
+        cells += [f"{row[what]:.0f}" for what in ("expired", "backups", "late", "turned_away", "handed_over", "rejected",
+                                                  "accepted")]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ asking twice gives the same answer.
     V  revive   open     -> leased     a heartbeat of an expired lease whose partition nobody took
     E  expire   leased   -> open       no heartbeat until the expiry; applied before every rule that looks at leases
                 leased   -> leased     the same, while a backup lease is active: it takes the other's place
-    R  release  as E                   the node gives the lease back
+    R  release  as E                   the node gives the lease back, and may leave a checkpoint (see coordinator/handovers.py)
     C  commit   leased   -> uploaded   a complete, signed shard of the node that holds or held a lease
                 open     -> uploaded   the same, late: the lease had expired or was released
     A  accept   uploaded -> accepted   the shard was judged good; other leases on the partition end (superseded)
@@ -41,8 +41,9 @@ import uuid
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from coordinator.ledger import Ledger
-from coordinator.records import TRAINING, Counts, LeaseRecord, Receipt, Verdict
+from coordinator import handovers
+from coordinator.handovers import Handovers
+from coordinator.records import TRAINING, CheckpointRecord, Counts, LeaseRecord, Receipt, Verdict
 from coordinator.tables import Evaluation, Lease, Partition, Revocation, Shard
 from forge.errors import ProtocolError
 
@@ -62,7 +63,7 @@ IN_FRONT = "another shard of this partition is being validated first"
 Order = Literal["continue", "finish", "abandon"]
 
 
-class State(Ledger):
+class State(Handovers):
     """The coordinator's memory. Every method is one transaction and may be called from any thread.
 
     Args:
@@ -119,7 +120,9 @@ class State(Ledger):
                         return None
                 lease = Lease(id=uuid.uuid4().hex, partition=chosen, node_id=node_id, granted_at=now, ended=None, progress={},
                               active_node=node_id, active_partition=chosen if partition is not None else None)  # fmt: skip
+                lease.expires_at = now + self._lease_seconds
                 session.add(lease)
+                handovers.inherit(session, lease)
             lease.expires_at = now + self._lease_seconds
             return _lease(lease, fresh=fresh)
 
@@ -150,12 +153,14 @@ class State(Ledger):
             lease.progress = progress
             return ("finish", "the coordinator is draining") if self.draining else ("continue", "")
 
-    def release(self, lease_id: str, node_id: str) -> None:
-        """Rule R."""
+    def release(self, lease_id: str, node_id: str, checkpoint: CheckpointRecord | None = None) -> bool:
+        """Rule R; whether the next holder goes on from the checkpoint."""
         with self._database.transaction() as session:
             lease = session.get(Lease, lease_id)
-            if lease is not None and lease.node_id == node_id and lease.ended is None:
-                _end(session, lease, "released")
+            if lease is None or lease.node_id != node_id or lease.ended is not None:
+                return False
+            _end(session, lease, "released")
+            return checkpoint is not None and handovers.leave(session, lease, checkpoint)
 
     def extend_leases(self) -> None:
         """Renew every active lease: for the time in which no coordinator was there to hear heartbeats."""
@@ -212,6 +217,7 @@ class State(Ledger):
             shard.verdict, shard.judged, shard.decided_at = "accepted", True, self._clock()
             shard.loss, shard.shared_loss = loss, shared_loss
             _partition(session, shard.partition).state = "accepted"
+            handovers.end(session, shard.partition)
             for lease in session.scalars(_active(shard.partition)).all():
                 _end(session, lease, "superseded")
             return True
@@ -275,7 +281,8 @@ class State(Ledger):
         partition.last_rejection = list(reasons)
         active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
         partition.state = "open" if active is None else "leased"
-        _end(session, session.get_one(Lease, shard.lease_id), "rejected" if judged else "undecided")
+        how = "undecided" if not judged else "misled" if handovers.spoil(session, shard.lease_id) else "rejected"
+        _end(session, session.get_one(Lease, shard.lease_id), how)
 
     def _revive(self, session: Session, lease: Lease) -> None:
         """Rule V, where it applies."""
@@ -326,7 +333,8 @@ class State(Ledger):
         shard = _shard(session, lease.partition, sha256)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
             # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
-            _end(session, lease, "rejected" if shard.verdict == "rejected" else "committed")
+            how = "committed" if shard.verdict != "rejected" else "misled" if handovers.spoil(session, lease.id) else "rejected"
+            _end(session, lease, how)
             return _receipt(shard)
         if _partition(session, lease.partition).state == "accepted":
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
@@ -345,7 +353,7 @@ def _end(session: Session, lease: Lease, how: str) -> None:
     except that what happened to the shard is the stronger word.
     """
     active, first = lease.ended is None, lease.active_partition is not None
-    if not active and how not in ("committed", "rejected", "undecided"):
+    if not active and how not in ("committed", "rejected", "misled", "undecided"):
         return
     lease.ended, lease.active_node, lease.active_partition = how, None, None
     if not first:
@@ -374,7 +382,7 @@ def _remaining(progress: dict[str, Any], elapsed: float, usual: float) -> float:
 
 
 def _why_ended(session: Session, lease: Lease) -> str:
-    if lease.ended in ("rejected", "undecided"):
+    if lease.ended in ("rejected", "misled", "undecided"):
         return "its shard was rejected: " + "; ".join(_partition(session, lease.partition).last_rejection)
     if lease.ended == "committed":
         return "its shard has its verdict"

@@ -47,6 +47,7 @@ _WORDS = {
     "HOST:PORT|off": "an address of this machine, or `off`",
     "INVITATION": "what `forge-coordinator token create` printed; it begins with `forge1_`",
     "[INVITATION|ADDRESS]": "an invitation, or HOST or HOST:PORT where the coordinator is now",
+    "USES": "how many nodes an invitation lets in",
     "ID": "what `forge-coordinator token list` shows",
     "NAME": "what `forge-coordinator nodes list` shows: a node's name or id",
 }

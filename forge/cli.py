@@ -19,6 +19,7 @@ from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
     from forge.config import RunConfig
+    from forge.live import LogFormat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,14 +92,19 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
 
 @main.command()
 @_run_options
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
-        device: str) -> None:  # fmt: skip
+        device: str, log_format: LogFormat) -> None:  # fmt: skip
     """Do everything on this machine: prepare, train, assemble, evaluate."""
     from forge import pipeline
 
     with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
-        pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device, on_event=Printer())
+        with Printer(log_format, ram_bytes=None if ram is None else ram_bytes) as printer:
+            pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+                             on_event=printer)  # fmt: skip
+        if log_format == "json":
+            return printer.out.record("done", model=str(root / "model"))
         print_evaluation(root)
         click.echo(f"model: {root / 'model'}")
 
@@ -112,8 +118,9 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
     from forge import pipeline
 
     with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
-        pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
-                             on_event=Printer())  # fmt: skip
+        with Printer() as printer:
+            pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
+                                 on_event=printer)  # fmt: skip
         facts = json.loads((root / "stages" / "prepare.json").read_text())
         click.echo(f"prepared {facts['documents']:,} documents, {facts['tokens']:,} tokens in {root}")
 
@@ -132,15 +139,15 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
     with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
         if partition is not None and partition >= resolved.model.n_experts:
             raise click.BadParameter(f"the run has partitions 0 to {resolved.model.n_experts - 1}", param_hint="--partition")
-        printer = Printer()
-        opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
-                                      on_event=printer)  # fmt: skip
-        start(opened)
-        wanted = range(resolved.model.n_experts) if partition is None else [partition]
-        for index in wanted:
-            if index not in arrived(opened.model):
-                pipeline.train_and_accept(opened, index, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+        with Printer() as printer:
+            opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
                                           on_event=printer)  # fmt: skip
+            start(opened)
+            wanted = range(resolved.model.n_experts) if partition is None else [partition]
+            for index in wanted:
+                if index not in arrived(opened.model):
+                    pipeline.train_and_accept(opened, index, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+                                              on_event=printer)  # fmt: skip
         click.echo(f"{len(arrived(opened.model))} of {resolved.model.n_experts} experts are in {root / 'model'}")
 
 
@@ -199,11 +206,13 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
             from forge.checkpoint.assembly import credited
             from forge.evaluate.table import contribution_lines
 
-            rows = pipeline.call("contributions", {"run_dir": str(target)}, Printer())["contributions"]
+            with Printer() as printer:
+                rows = pipeline.call("contributions", {"run_dir": str(target)}, printer)["contributions"]
             click.echo(json.dumps(rows, indent=2) if as_json else
                        "\n".join(contribution_lines(rows, credited(target / "model"))))  # fmt: skip
             return
-        row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, Printer())
+        with Printer() as printer:
+            row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, printer)
         if as_json:
             click.echo(json.dumps(row, indent=2))
         else:

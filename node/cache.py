@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+import os
 from pathlib import Path
 import shutil
 import time
@@ -30,6 +31,7 @@ from node.messages import Assignment, Blob
 CHECKPOINT_FILE = "checkpoint.safetensors"
 ASSIGNMENT_FILE = "assignment.json"
 SUBMISSION_FILE = "submission.json"
+INHERITED_FILE, METRICS_FILE = "inherited.json", "metrics.jsonl"
 CHILD_FILE = "child.json"
 SHARED_FILE = "shared.json"
 #: Seconds after which the files of a run that this node never met again are deleted: two weeks.
@@ -115,9 +117,26 @@ class Cache:
             directory.mkdir(parents=True, exist_ok=True)
         remove_temporaries(directory)
         write_json(self._run / SHARED_FILE, [assignment.shared.sha256, assignment.shared_ffn.sha256])
-        write_json(directory / ASSIGNMENT_FILE, facts | {"blobs": [blob.sha256 for blob in assignment.blobs]})
+        write_json(directory / ASSIGNMENT_FILE, facts | {
+            "blobs": [blob.sha256 for blob in (*assignment.blobs, assignment.checkpoint) if blob is not None]})
         end_orphan(directory)
         return directory
+
+    def inherit(self, partition: int, downloaded: Path) -> None:
+        """Go on from a checkpoint that another node left; it was downloaded and checked."""
+        directory = self.work_dir(partition)
+        write_json(directory / INHERITED_FILE, {"sha256": downloaded.name})
+        with storage_errors(directory):
+            os.replace(downloaded, directory / CHECKPOINT_FILE)
+
+    def inherited(self, partition: int) -> bool:
+        """Whether this partition was gone on with from another node's checkpoint."""
+        return (self.work_dir(partition) / INHERITED_FILE).is_file()
+
+    def disown(self, partition: int) -> None:
+        """Begin a partition anew, without what another node left."""
+        for name in (CHECKPOINT_FILE, METRICS_FILE, INHERITED_FILE):
+            (self.work_dir(partition) / name).unlink(missing_ok=True)
 
     def submit(self, submission: Submission) -> None:
         """Write down that a shard is finished; from now on it is settled before new work is asked for."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
+import re
 import shutil
 import signal
 import subprocess
@@ -24,14 +25,15 @@ import tempfile
 import threading
 import time
 
+from forge.invitation import PREFIX
 from tests.commands import arguments
 from tests.fakes.hub import fake_hub
 
 NODES = ("ada", "ben", "cleo")
 REPO = "ada/lan"
 #: What the run is scaled down by, so that it takes two minutes on two cores.
-SCALE = ("data.max_bytes=3_000_000", "train.shared.tokens=200_000", "train.expert.tokens=50_000", "router.tokens=50_000",
-         "evaluation.tokens=4_000", "evaluation.sample_tokens=16")  # fmt: skip
+SCALE = ("train.shared.tokens=250_000", "train.expert.tokens=100_000", "train.expert.learning_rate=0.002",
+         "router.tokens=100_000", "evaluation.tokens=4_000", "evaluation.sample_tokens=16")  # fmt: skip
 #: Seconds that anything here may take on a busy machine.
 DEADLINE = 1200.0
 
@@ -160,12 +162,6 @@ def terminals() -> Iterator[Callable[..., Terminal]]:
         yield open_terminal
 
 
-def invite(machine: Machine, cwd: Path, options: str = "") -> str:
-    """What the operator types in another terminal of the coordinator's machine; the invitation."""
-    line = f"forge-coordinator token create {options}"
-    return subprocess.run(machine.command(line), cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
-
-
 @contextmanager
 def hub_on(machine: Machine, directory: Path) -> Iterator[str]:
     """A Hub on a machine; its endpoint. What was pushed lies in `directory/model` afterwards."""
@@ -196,7 +192,7 @@ def run(directory: Path, overrides: Sequence[str] = SCALE) -> list[Terminal]:
             + " ".join(overrides), directory, HF_ENDPOINT=endpoint, HF_TOKEN="hf_any", HF_HUB_DISABLE_XET="1",
             HF_HOME=str(directory / "hf"))  # fmt: skip
         coordinator.wait_for("announced on this network")
-        invitation = invite(home, directory, f"--uses {len(others)}")
+        invitation = next(word for word in coordinator.text.split() if word.startswith(PREFIX))
         nodes = [open_terminal(machine, f"forge-node join --ram 1G --threads 1 --nice 0 --name {machine.name}", directory,
                                FORGE_DATA_DIR=str(directory / machine.name)) for machine in others]  # fmt: skip
         for node in nodes:
@@ -230,7 +226,8 @@ def main() -> int:
         shown = run(directory, options.set)
         seconds = time.monotonic() - began
         for terminal in shown:
-            print(f"\n--- {terminal.machine.name} ({terminal.machine.address})\n$ {terminal.line}\n{terminal.text}", end="")
+            text = re.sub(rf"{PREFIX}\S+", f"{PREFIX}...", terminal.text)
+            print(f"\n--- {terminal.machine.name} ({terminal.machine.address})\n$ {terminal.line}\n{text}", end="")
         for line in (f"forge verify {directory / 'model'}", "forge report runs/smoke"):
             done = subprocess.run(arguments(line), cwd=directory, capture_output=True, text=True)
             print(f"\n$ {line}\n{done.stdout}{done.stderr}", end="")

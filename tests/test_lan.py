@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+import os
+from pathlib import Path
 import subprocess
 import sys
 
@@ -11,9 +14,11 @@ import pytest
 
 from forge import lan
 from forge.errors import AccessError, NetworkError
-from forge.invitation import Invitation
+from forge.invitation import PREFIX, Invitation
 from forge.lan import Announcement, announced, find
 from node.nearby import among
+from tests.commands import DOCUMENTED, Outcome, is_one_sentence, write_inputs
+from tests.lan import missing, network, terminals
 
 LOOPBACK = ["127.0.0.1"]
 #: Longer than a look takes when all is well; a busy machine may need it.
@@ -80,3 +85,36 @@ def test_without_the_package_there_is_one_sentence(monkeypatch: pytest.MonkeyPat
 def test_the_module_itself_needs_no_package() -> None:
     code = "import sys, forge.lan, node.cli; print('zeroconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"False"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_machines_on_one_network_find_each_other(tmp_path: Path) -> None:
+    if why := missing():
+        pytest.skip(why)
+    write_inputs(tmp_path)
+    node = "forge-node join --ram 64M --data-dir"  # Too little for any run: it leaves right after it has joined.
+    with network("home", "ada") as (home, ada), terminals() as open_terminal:
+        coordinator = open_terminal(home, "forge-coordinator serve --config tiny.yaml --run-dir run --listen 0.0.0.0:7433 "
+                                    "--dashboard off", tmp_path)  # fmt: skip
+        coordinator.wait_for("announced on this network")
+        invitation = next(word for word in coordinator.text.split() if word.startswith(PREFIX))
+
+        def outcome(command: str, **environment: str) -> Outcome:
+            done = subprocess.run(ada.command(command), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                                  stdin=subprocess.DEVNULL, env={**os.environ, **environment})  # fmt: skip
+            return Outcome(done.returncode, done.stdout, "".join(done.stderr.splitlines(True)[-1:]))
+
+        is_one_sentence(outcome(f"{node} alone"), "access", "'tiny' at 10.77.0.1:7433 (CA ")
+        assert not (tmp_path / "alone").exists()
+        typed = open_terminal(ada, f"{node} typed", tmp_path)
+        typed.wait_for("(not shown)")
+        typed.type(invitation)
+        assert typed.end() == DOCUMENTED["memory"] and invitation not in typed.text, typed.text
+        # The address in the invitation is not the coordinator's any more: it is looked for by its fingerprint.
+        stale = replace(Invitation.parse(invitation), addresses=("192.0.2.1:7433",))
+        is_one_sentence(outcome(f"{node} stale", FORGE_TOKEN=stale.encode()), "memory", "--ram allows 64M")
+        foreign = open_terminal(ada, f"{node} foreign", tmp_path)
+        foreign.wait_for("(not shown)")
+        foreign.type(replace(stale, fingerprint=bytes(32)).encode())
+        assert foreign.end() == DOCUMENTED["access"] and "is of another coordinator (its CA is 0000" in foreign.text

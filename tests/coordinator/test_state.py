@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 import pytest
 
-from coordinator.records import LeaseRecord, Receipt
+from coordinator.records import CheckpointRecord, LeaseRecord, Receipt
 from coordinator.state import ELSEWHERE, IN_FRONT, MAX_REJECTIONS, State
 from forge.errors import ProtocolError, StorageError
 
@@ -331,6 +331,43 @@ def test_a_backup_that_gives_up_leaves_the_first_lease_alone(state: State, clock
     assert state.partitions()[2].node_id == "c"
 
 
+def left(step: int, name: str = "c") -> CheckpointRecord:
+    return CheckpointRecord(sha256=format(step, "063x") + name, size=7, step=step)
+
+
+def test_the_next_node_goes_on_from_what_was_left_furthest(state: State) -> None:
+    lease = granted(state, "a")
+    assert state.inherited(lease.id) is None
+    assert state.release(lease.id, "a", left(5))
+    assert not state.release(lease.id, "a", left(6))  # Once.
+    second = granted(state, "b")
+    assert (second.partition, state.inherited(second.id)) == (0, left(5))
+    assert not state.release(second.id, "b", left(4))
+    third = granted(state, "b")
+    assert state.inherited(third.id) == left(5)
+    assert state.release(third.id, "b", left(9))
+    assert state.stale_checkpoints() == [left(5).sha256]
+    assert (state.checkpoint_size(left(5).sha256), state.checkpoint_size(left(9).sha256)) == (None, 7)
+    submit(state, granted(state, "b"), "x")
+    state.accept(pending_id(state), loss=None, shared_loss=None)
+    assert set(state.stale_checkpoints()) == {left(5).sha256, left(9).sha256}
+
+
+def test_a_bad_checkpoint_is_blamed_on_who_left_it(state: State) -> None:
+    for attempt in range(MAX_REJECTIONS):
+        state.register_node(f"h{attempt}", bytes(32), "hostile", {})
+        lease = granted(state, f"h{attempt}", 0)
+        assert state.may_hand_over(f"h{attempt}") and state.release(lease.id, f"h{attempt}", left(attempt + 1))
+        misled = granted(state, "a", 0)
+        assert state.inherited(misled.id) == left(attempt + 1)
+        submit(state, misled, format(attempt, "064x"))
+        state.reject(pending_id(state), ["bad"])
+        assert not state.may_hand_over(f"h{attempt}")
+    last = granted(state, "a", 0)
+    assert last.partition == 0 and state.inherited(last.id) is None
+    assert state.nodes()[0].rejected == 0
+
+
 class Partitions(RuleBasedStateMachine):
     """Whatever happens in whatever order: every partition is accepted at most once, and none is ever lost."""
 
@@ -366,10 +403,10 @@ class Partitions(RuleBasedStateMachine):
             if order == "continue" and not reason:
                 assert self.state.lease(lease.id, lease.node_id).ended is None
 
-    @rule(lease=consumes(leases))
-    def release(self, lease: LeaseRecord | None) -> None:
+    @rule(lease=consumes(leases), step=st.integers(0, 9))
+    def release(self, lease: LeaseRecord | None, step: int) -> None:
         if lease is not None:
-            self.state.release(lease.id, lease.node_id)
+            self.state.release(lease.id, lease.node_id, left(step) if step else None)
 
     @rule(lease=leases, sha=st.sampled_from("xyz"))
     def commit(self, lease: LeaseRecord | None, sha: str) -> None:
