@@ -20,6 +20,10 @@ from forge.errors import StorageError, storage_error
 BUSY_MILLISECONDS = 30_000
 
 
+class DatabaseUnavailableError(StorageError):
+    """The database is locked by somebody else, or its disk is full: what was asked may be asked again later."""
+
+
 class Database:
     """One database, its tables made when they are missing.
 
@@ -83,7 +87,10 @@ class Database:
         except OperationalError as error:
             if "disk is full" in str(error.orig):
                 full = OSError(errno.ENOSPC, str(error.orig))
-                raise storage_error(self._name, full) from error
+                raise DatabaseUnavailableError(str(storage_error(self._name, full)), detail=str(error)) from error
+            if "locked" in str(error.orig):
+                raise DatabaseUnavailableError(f"Another program holds the run's database {self._name}: close what looks into "
+                                               "it, such as a backup or a shell.", detail=str(error)) from error  # fmt: skip
             raise StorageError(f"The run's database {self._name} cannot be used ({error.orig}): check its disk and "
                                "run the same command again.", detail=str(error)) from error  # fmt: skip
 
