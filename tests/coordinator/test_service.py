@@ -281,7 +281,7 @@ def test_what_is_no_checkpoint_is_refused_and_not_kept(world: World) -> None:
     lease = node.lease(0)
     name = f"model.{next(iter(names.ffn_tensors(CONFIG.model)))}"
     shape = next(iter(names.ffn_tensors(CONFIG.model).values()))
-    for data, words in ((checkpoint(step=99), "no step between"), (b"no tensors at all", "truncated"),
+    for data, words in ((checkpoint(step=99), "no step between"), (b"no tensors at all", "not a sound safetensors file"),
                         (checkpoint(changed={name: np.full(shape, np.nan, np.float32)}), "not finite")):  # fmt: skip
         _, code, sentence = refusal(lambda data=data: leave(node, lease.lease_id, data))  # type: ignore[misc]
         assert code == "shard" and words in sentence, sentence
