@@ -3,8 +3,9 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-network soak test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-prepare bench-memory bench-startup format clean
+.PHONY: demo test test-faults test-network test-lan test-llama soak check docs format clean
+.PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
+	bench-prepare bench-memory bench-startup
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -24,14 +25,18 @@ test-network: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
+# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+test-lan: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.lan $(ARGS)
+
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/publish/test_llama.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP tests/publish/test_llama.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy forge coordinator node benchmarks tests
+	$(BIN)/mypy forge coordinator node benchmarks tests docs
 	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
@@ -71,6 +76,10 @@ bench-startup: $(VENV)/.installed
 
 bench-memory: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
+
+# The pages that are written from the code: docs/cli.md and docs/configuration.md.
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.generate
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -9,15 +9,15 @@ from pathlib import Path
 import threading
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, select
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, inspect, select, text
+from sqlalchemy.exc import DatabaseError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from coordinator.tables import SCHEMA_VERSION, Base, SchemaVersion
+from coordinator.tables import MIGRATIONS, SCHEMA_VERSION, Base, SchemaVersion
 from forge.errors import StorageError, storage_error
 
-#: Milliseconds that SQLite waits for another process (a backup, a curious shell) to let go of the file.
-BUSY_MILLISECONDS = 30_000
+#: Seconds that SQLite waits for another process (a backup, a curious shell) to let go of the file.
+BUSY_SECONDS = 30.0
 
 
 class DatabaseUnavailableError(StorageError):
@@ -25,31 +25,46 @@ class DatabaseUnavailableError(StorageError):
 
 
 class Database:
-    """One database, its tables made when they are missing.
+    """One database, its tables made when they are missing and brought up to date when they are old.
 
     Transactions that change something are run one after another: a single coordinator process owns its run, and a lock here
     is the same on every backend, where isolation levels and their retries are not. Who only reads waits for nobody.
 
     Args:
         location: a SQLite file, or any SQLAlchemy URL such as `postgresql+psycopg://...`.
+        busy_seconds: how long to wait for another process that holds the SQLite file.
 
     Raises:
-        StorageError: it cannot be opened, or was made by another version.
+        StorageError: it cannot be opened, is no database, is held by another program, or was made by a newer version.
     """
 
-    def __init__(self, location: Path | str) -> None:
+    def __init__(self, location: Path | str, *, busy_seconds: float = BUSY_SECONDS) -> None:
         self._name = str(location) if isinstance(location, Path) else location.partition("://")[0]
-        self._engine = _engine(location)
+        self._engine = _engine(location, busy_seconds)
         self._lock = threading.Lock()
-        with self._errors():
-            Base.metadata.create_all(self._engine)
-        with self.transaction() as session:
-            held = session.scalars(select(SchemaVersion.version)).one_or_none()
-            if held is None:
-                session.add(SchemaVersion(version=SCHEMA_VERSION))
-            elif held != SCHEMA_VERSION:
-                raise StorageError(f"The database {self._name} has version {held} and this coordinator works with "
-                                   f"version {SCHEMA_VERSION}: install the version that made it.")  # fmt: skip
+        try:
+            with self._errors(), self._engine.begin() as connection:
+                self._bring_up_to_date(connection)
+        except StorageError:
+            self.close()
+            raise
+
+    def _bring_up_to_date(self, connection: Connection) -> None:
+        """All in one transaction: who is killed in it finds the database as it was."""
+        held = None
+        if inspect(connection).has_table(SchemaVersion.__tablename__):
+            held = connection.scalar(select(SchemaVersion.version))
+        if held == SCHEMA_VERSION:
+            return
+        if held is not None and not 1 <= held < SCHEMA_VERSION:
+            raise StorageError(f"The database {self._name} has version {held} and this coordinator works with versions up to "
+                               f"{SCHEMA_VERSION}: install the version that made it, or a newer one.")  # fmt: skip
+        for step in range(held or SCHEMA_VERSION, SCHEMA_VERSION):
+            for statement in MIGRATIONS[step]:
+                connection.execute(text(statement))
+        Base.metadata.create_all(connection)
+        connection.execute(delete(SchemaVersion))
+        connection.execute(insert(SchemaVersion).values(version=SCHEMA_VERSION))
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[Session]:
@@ -84,20 +99,27 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
-            if "disk is full" in str(error.orig):
-                full = OSError(errno.ENOSPC, str(error.orig))
-                raise DatabaseUnavailableError(str(storage_error(self._name, full)), detail=str(error)) from error
-            if "locked" in str(error.orig):
-                raise DatabaseUnavailableError(f"Another program holds the run's database {self._name}: close what looks into "
-                                               "it, such as a backup or a shell.", detail=str(error)) from error  # fmt: skip
-            raise StorageError(f"The run's database {self._name} cannot be used ({error.orig}): check its disk and "
-                               "run the same command again.", detail=str(error)) from error  # fmt: skip
+        except IntegrityError:
+            raise  # A rule of the tables; who breaks one knows what it means.
+        except DatabaseError as error:
+            said = str(error.orig)
+            if "disk is full" in said:
+                full = storage_error(self._name, OSError(errno.ENOSPC, said))
+                raise DatabaseUnavailableError(str(full), detail=str(error)) from error
+            kind: type[StorageError] = StorageError
+            then = "check its disk and run the same command again"
+            if "locked" in said:
+                kind = DatabaseUnavailableError
+                then = "another program holds it, such as a backup or a shell: close that and run the same command again"
+            elif "not a database" in said or "malformed" in said:
+                then = "it is damaged: put a copy of it back, or start the run in another directory"
+            raise kind(f"The run's database {self._name} cannot be used ({said}): {then}.",
+                       detail=str(error)) from error  # fmt: skip
 
 
-def _engine(location: Path | str) -> Engine:
+def _engine(location: Path | str, busy_seconds: float) -> Engine:
     if isinstance(location, Path):
-        engine = create_engine(f"sqlite:///{location}", connect_args={"timeout": BUSY_MILLISECONDS / 1000})
+        engine = create_engine(f"sqlite:///{location}")
     else:
         try:
             engine = create_engine(location)
@@ -105,14 +127,14 @@ def _engine(location: Path | str) -> Engine:
             kind = location.partition("://")[0]
             raise StorageError(f"A database address of the kind {kind!r} cannot be used: {error}.") from error
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "connect", lambda connection, _: _prepare_sqlite(connection, busy_seconds))
         event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _prepare_sqlite(connection: Any, _: object) -> None:
+def _prepare_sqlite(connection: Any, busy_seconds: float) -> None:
     connection.isolation_level = None  # The driver's own BEGIN comes too late to protect what was read before a write.
-    for pragma in ("journal_mode=WAL", f"busy_timeout={BUSY_MILLISECONDS}", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={round(1000 * busy_seconds)}", "journal_mode=WAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -15,10 +15,13 @@ def read_strict(raw: bytes) -> Any:
 
     Raises:
         DuplicateKeyError: an object names a key twice.
-        ValueError: it is not UTF-8, not JSON, or holds a number that JSON lacks, such as NaN.
+        ValueError: it is not UTF-8, not JSON, holds a number that JSON lacks, such as NaN, or half of a surrogate pair.
         RecursionError: it is nested too deep.
     """
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # Half of a surrogate pair is no text, and others refuse it.
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from forge.jobs import enforcement
 from forge.system import peak_resident_bytes
 from forge.train.memory import LIGHT_MB, MB, Plan, candidates, format_size, plan
 from forge.vocabulary import SHARD_FORMAT_VERSION
-from node.cache import CHECKPOINT_FILE, Cache, Submission, exclusive
+from node.cache import CHECKPOINT_FILE, Cache, Submission, claimed
 from node.client import FleetClient
 from node.console import Console
 from node.control import listening
@@ -91,7 +91,7 @@ class Agent:
         Raises:
             ForgeError: something the owner has to know; the lease was given back, checkpoints are kept.
         """
-        with exclusive(self._data_dir), listening(self._data_dir, self._guest, self.facts):
+        with claimed(self._data_dir), listening(self._data_dir, self._guest, self.facts):
             try:
                 self._loop()
                 return 0

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from forge.errors import StorageError, storage_errors
-from forge.files import BlobStore, read_json, remove_temporaries, write_json
+from forge.files import BlobStore, exclusive, read_json, remove_temporaries, write_json
 from node.client import FleetClient, OnBytes
 from node.messages import Assignment, Blob
 
@@ -53,26 +53,16 @@ class Submission:
 
 
 @contextmanager
-def exclusive(data_dir: Path) -> Iterator[None]:
+def claimed(data_dir: Path) -> Iterator[None]:
     """Hold the data directory for this process alone, without what a killed one left half-written in it.
-
-    The lock ends with the process, however it ends.
 
     Raises:
         StorageError: another agent holds it, or it cannot be written.
     """
-    path = data_dir / "node.lock"
-    with storage_errors(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115
-    try:
-        if not _lock(file.fileno()):
-            raise StorageError(f"Another forge-node already uses {data_dir}: give this one a directory of its own with "
-                               "--data-dir.")  # fmt: skip
+    with exclusive(data_dir / "node.lock", f"Another forge-node already uses {data_dir}: give this one a directory of its "
+                                           "own with --data-dir."):  # fmt: skip
         remove_temporaries(data_dir)
         yield
-    finally:
-        file.close()
 
 
 class Cache:
@@ -226,22 +216,3 @@ def _partition_of(directory: Path) -> int:
 
 def _last_change(directory: Path) -> float:
     return max((path.stat().st_mtime for path in (directory, *directory.rglob("*")) if path.exists()), default=0.0)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the operating system's lock on a file; False when another process has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

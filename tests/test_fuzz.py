@@ -1,6 +1,6 @@
 """Readers of what strangers write: whatever comes, a value or one short sentence of ours, at once and in little memory.
 
-`benchmarks/fuzz.py` does the same to the shard reader a million times.
+`python -m tests.fuzz --inputs 1000000` does it to the shard reader by mutation, and compares with the safetensors library.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from forge.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
 from forge.config import load_config, parse_config
 from forge.errors import ConfigError, ForgeError, ShardError
 from forge.invitation import MAX_CHARACTERS, Invitation
+from tests.fuzz import fuzz
 
 #: The same inputs every time, so that a red build is red again; a file is written for each, which takes the time.
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
@@ -83,6 +84,21 @@ def test_any_header_of_a_shard(path: Path, tree: Any, data: bytes, length: int |
 def test_a_shard_with_one_byte_changed_or_its_end_cut_off(path: Path, at: int, byte: int, cut: int) -> None:
     _read_shard(path, GOOD[:at] + bytes([byte]) + GOOD[at + 1 :])
     _read_shard(path, GOOD[:cut])
+
+
+def test_mutated_shards_are_read_as_the_library_reads_them_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    assert list(fuzz(2000, 1, tmp_path)) == []
+
+
+@pytest.mark.parametrize("text", [b"\\ud800", b"\\udfff\\ud800", b"\\ud83d\\ude00"])
+def test_a_header_with_half_a_character_is_refused_as_the_library_does(path: Path, text: bytes) -> None:
+    header = json.dumps({**GOOD_HEADER, "__metadata__": {"note": "HERE"}}).encode().replace(b"HERE", text)
+    path.write_bytes(shard(header))
+    if text == b"\\ud83d\\ude00":  # A whole one.
+        assert read_header(path).metadata == {"note": "\U0001f600"}
+        return
+    with pytest.raises(ShardError, match="not JSON"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("header", [

@@ -14,14 +14,21 @@ from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.hostile import Scene, Tensors, sabotage
 from forge import pipeline
 from forge.checkpoint.assembly import arrived, start
+from forge.checkpoint.shard import write_shard
 from forge.cli import main
 from forge.config import RunConfig, load_config
+from forge.data.packing import SequenceSampler
+from forge.data.tokens import TokenFile
 from forge.errors import StorageError
+from forge.evaluate.likeness import learned_alike
 from forge.evaluate.perplexity import measure
-from forge.evaluate.validation import load_shared
+from forge.evaluate.validation import load_shared, validate_shard
 from forge.files import RunDirectory, hash_file
+from forge.model import names
+from forge.model.lm import load_dense
 from forge.model.moe import MixtureLM
 from forge.vocabulary import STAGES, expert_file
 
@@ -195,8 +202,6 @@ def test_the_same_run_again_trains_nothing(finished: dict[str, Any]) -> None:
 
 
 def test_a_shard_of_another_run_is_rejected(finished: dict[str, Any], tmp_path: Path) -> None:
-    from forge.evaluate.validation import validate_shard
-
     run = finished["run"]
     shard = run.blobs.path(arrived(run.model)[0])
     assert validate_shard(run, 0, shard)["accepted"]
@@ -204,24 +209,64 @@ def test_a_shard_of_another_run_is_rejected(finished: dict[str, Any], tmp_path: 
     assert not verdict["accepted"] and verdict["reasons"]
 
 
-def test_a_placeholder_is_no_better_than_the_shared_components(finished: dict[str, Any], tmp_path: Path) -> None:
-    """The untouched copy of the shared FFN is a valid file and must still be refused."""
-    from forge.checkpoint.shard import write_shard
-    from forge.evaluate.validation import validate_shard
-    from forge.model import names
+@pytest.fixture(scope="module")
+def scene(finished: dict[str, Any]) -> Scene:
+    """What somebody has who hands in something else than the expert of partition 0."""
+    run, model = finished["run"], finished["config"].model
+    ffn = load_file(run.blobs.path(run.marker("publish")["shared_ffn"]["sha256"]))
+    experts = {k: dict(zip(names.ffn_tensors(model), (load_file(run.model / expert_file(k))[name]
+               for name in names.expert_tensors(model, k)), strict=True)) for k in range(3)}  # fmt: skip
+    return Scene(model=model, partition=0, shared=ffn, honest=experts, generator=torch.Generator().manual_seed(0))
 
-    run, config = finished["run"], finished["config"]
-    facts, shared = run.marker("publish"), run.marker("shared")
-    assert facts is not None and shared is not None
-    ffn = load_file(run.blobs.path(shared["shared_ffn"]["sha256"]))
-    renamed = dict(zip(names.expert_tensors(config.model, 0), (ffn[n] for n in names.ffn_tensors(config.model)), strict=True))
-    path = tmp_path / "copy.safetensors"
-    write_shard(path, renamed, {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "partition": "0",
-                                "shared_sha256": facts["shared"]["sha256"], "tokens_seen": "1", "final_loss": "1.0",
-                                "format_version": "1"})  # fmt: skip
-    verdict = validate_shard(run, 0, path)
-    assert not verdict["accepted"]
-    assert "is the shared FFN again" in verdict["reasons"][0]
+
+def judged(run: RunDirectory, tensors: Tensors, path: Path) -> dict[str, Any]:
+    """The verdict on tensors, named as the shared FFN's, as the shard of partition 0."""
+    published = run.marker("publish")
+    assert published is not None
+    renamed = zip(names.expert_tensors(run.config.model, 0), names.ffn_tensors(run.config.model), strict=True)
+    write_shard(path / "shard.safetensors", {theirs: tensors[ours] for theirs, ours in renamed}, {
+        "run_id": run.run_id, "config_fingerprint": run.config.fingerprint, "partition": "0", "tokens_seen": "1",
+        "shared_sha256": published["shared"]["sha256"], "final_loss": "1.0", "format_version": "1"})  # fmt: skip
+    return validate_shard(run, 0, path / "shard.safetensors")
+
+
+def test_the_shared_ffn_is_no_expert(finished: dict[str, Any], scene: Scene, tmp_path: Path) -> None:
+    """The untouched copy of the shared FFN is a valid file and must still be refused; so must one that is hardly touched."""
+    assert "is the shared FFN again" in judged(finished["run"], scene.shared, tmp_path)["reasons"][0]
+    assert "must be below" in judged(finished["run"], scene.noise(scene.shared, 1e-4), tmp_path)["reasons"][0]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_an_accepted_expert_is_known_again_with_noise_and_its_units_in_another_order(
+    finished: dict[str, Any], scene: Scene, tmp_path: Path, noise: float
+) -> None:
+    assert learned_alike(scene.own, scene.honest[1], scene.shared) < 0.6
+    (reason,) = judged(finished["run"], scene.noise(scene.permuted(scene.honest[1], 2.0), noise), tmp_path)["reasons"]
+    assert "it is the accepted expert 1 again, changed a little" in reason
+
+
+def test_weights_of_a_size_that_no_training_gives_are_refused(finished: dict[str, Any], scene: Scene, tmp_path: Path) -> None:
+    assert judged(finished["run"], scene.permuted(scene.own, 2.0), tmp_path)["accepted"]  # The same function.
+    (reason,) = judged(finished["run"], scene.permuted(scene.own, 1000.0), tmp_path)["reasons"]
+    assert "its largest weight in model.layers." in reason and "times the shared FFN's, and at most 16 times" in reason
+
+
+def test_an_expert_that_harms_other_partitions_is_refused_by_tolerance(
+    finished: dict[str, Any], scene: Scene, tmp_path: Path
+) -> None:
+    run, blobs = finished["run"], finished["run"].blobs
+    published = run.marker("publish")
+    model = load_dense(scene.model, blobs.path(published["shared"]["sha256"]), blobs.path(published["shared_ffn"]["sha256"]))
+    model.load_state_dict(scene.own, strict=False)
+    samplers = [SequenceSampler(TokenFile(blobs.path(file["train"]["sha256"])), 64, 7, 0) for file in published["partitions"]]
+    sabotage(model, samplers.pop(0), samplers, steps=30, strength=0.5)
+    verdict = judged(run, {name: value.detach() for name, value in model.named_parameters()}, tmp_path)
+    (reason,) = verdict["reasons"]
+    assert verdict["loss"] < verdict["shared_loss"] - run.config.assembly.margin  # The margin alone would let it in.
+    worst = max((1, 2), key=lambda partition: verdict["effect"][partition])
+    assert verdict["effect"][worst] > run.config.assembly.tolerance
+    assert reason.startswith(f"in the assembled model the loss on the validation documents of partition {worst} rises from ")
+    assert reason.endswith("nats a token with it, and at most 0.02 more is tolerated")
 
 
 def test_a_missing_run_directory_is_a_sentence(tmp_path: Path) -> None:

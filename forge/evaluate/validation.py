@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy.typing as npt
 
+from forge.checkpoint.assembly import placed
 from forge.checkpoint.inspection import inspect_shard
 from forge.data.packing import evaluation_windows
 from forge.data.tokens import TokenFile
 from forge.errors import ShardError
+from forge.evaluate.likeness import Weights, suspicions
 from forge.evaluate.perplexity import Loss, document_losses, finite, measure
 from forge.files import RunDirectory
 from forge.model import names
 from forge.model.lm import DenseLM, load_dense, read_tensors
 from forge.model.moe import MixtureLM
-from forge.vocabulary import END_OF_TEXT_ID
+from forge.vocabulary import END_OF_TEXT_ID, expert_file
 
 
 def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | None = None) -> DenseLM:
@@ -63,9 +65,10 @@ def mixture_losses(run: RunDirectory, partition: int, shard: Path) -> tuple[list
 def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, Any]:
     """Judge a shard.
 
-    It is accepted when nothing can be said against it as it lies there (`inspect_shard`), when its loss on the partition's
-    validation documents is below that of the shared components by more than `assembly.margin` nats, and when no partition's
-    loss in the assembled model rises by more than `assembly.tolerance` nats with it in place.
+    It is accepted when nothing can be said against it as it lies there (`inspect_shard`), when its weights are of a sane size
+    and not an accepted expert's again (`suspicions`), when its loss on the partition's validation documents is below that of the
+    shared components by more than `assembly.margin` nats, and when no partition's loss in the assembled model rises by more
+    than `assembly.tolerance` nats with it in place.
 
     Returns:
         accepted, reasons (sentences), loss and shared_loss in nats a token; `effect`, by how many nats a token every
@@ -80,6 +83,8 @@ def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, 
         inspect_shard(run, partition, shard)
     except ShardError as error:
         return verdict | {"reasons": [str(error)]}
+    if reasons := _suspicions(run, partition, shard):
+        return verdict | {"reasons": reasons}
     loss = partition_loss(run, load_shared(run, shard, partition), target["validation"]["sha256"])
     verdict["loss"] = loss
     margin = run.config.assembly.margin
@@ -93,6 +98,19 @@ def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, 
     reasons = _harm(before, after, run.config.assembly.tolerance)
     effect = [finite(new.nats_per_token - old.nats_per_token) for old, new in zip(before, after, strict=True)]
     return verdict | {"accepted": not reasons, "reasons": reasons, "effect": effect}
+
+
+def _suspicions(run: RunDirectory, partition: int, shard: Path) -> list[str]:
+    model, published = run.config.model, run.marker("publish")
+    assert published is not None, "the publish stage comes before"
+
+    def read(path: Path, expert: int) -> Weights:
+        read = read_tensors(path, names.expert_tensors(model, expert)).values()
+        return dict(zip(names.ffn_tensors(model), read, strict=True))
+
+    shared = read_tensors(run.blobs.path(published["shared_ffn"]["sha256"]), names.ffn_tensors(model))
+    accepted = {other: read(run.model / expert_file(other), other) for other in placed(run.model) if other != partition}
+    return suspicions(read(shard, partition), accepted, shared, copied=run.config.train.expert.init == "copy")
 
 
 def _harm(before: Sequence[Loss], after: Sequence[Loss], tolerance: float) -> list[str]:

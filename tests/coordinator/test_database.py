@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 import sqlite3
+import subprocess
+import sys
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import create_engine, func, inspect, select, text
 
-from coordinator import database as database_module
 from coordinator.database import Database, DatabaseUnavailableError
 from coordinator.handlers import WAITING_CALLS_PER_SECOND, _nothing_open
 from coordinator.records import Counts
-from coordinator.tables import Node
+from coordinator.state import State
+from coordinator.tables import MIGRATIONS, SCHEMA_VERSION, Node
+from forge.errors import StorageError
 
 
 def node(number: int) -> Node:
@@ -47,22 +52,6 @@ def test_a_large_fleet_without_work_asks_at_a_bounded_rate() -> None:
     assert 3000 / wait(3000) == WAITING_CALLS_PER_SECOND
 
 
-def test_a_database_that_somebody_else_holds_is_one_sentence_and_goes_on_afterwards(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(database_module, "BUSY_MILLISECONDS", 50)
-    database = Database(tmp_path / "x.db")
-    with sqlite3.connect(tmp_path / "x.db", isolation_level=None) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(DatabaseUnavailableError, match="Another program holds the run's database .*x.db: close"):
-            with database.transaction() as session:
-                session.add(node(1))
-        other.execute("ROLLBACK")
-    other.close()
-    with database.transaction() as session:
-        session.add(node(1))
-    database.close()
-
-
 def test_a_full_disk_under_the_database_is_one_sentence_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     database = Database(tmp_path / "x.db")
     with database.reading() as session:
@@ -78,3 +67,119 @@ def test_a_full_disk_under_the_database_is_one_sentence_and_goes_on_when_there_i
     with database.reading() as session:
         assert session.scalar(select(func.count()).select_from(Node)) == 1
     database.close()
+
+
+# Versions and damage ----------------------------------------------------------------------------------------------------
+
+DUMPS = sorted((Path(__file__).parent / "schemas").glob("*.sql"), key=lambda dump: dump.stem)
+
+
+def restored(dump: Path, path: Path) -> Path:
+    """A database as an older version left it, with nodes, leases, shards and an evaluation."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(dump.read_text(encoding="utf-8"))
+    return path
+
+
+def schema(path: Path) -> dict[str, Any]:
+    """Tables, columns and keys, as SQLAlchemy finds them."""
+    found = inspect(create_engine(f"sqlite:///{path}"))
+    return {table: ([(c["name"], str(c["type"]), c["nullable"]) for c in found.get_columns(table)],
+                    found.get_pk_constraint(table)["constrained_columns"], sorted(map(str, found.get_foreign_keys(table))),
+                    sorted(str(u["column_names"]) for u in found.get_unique_constraints(table)),
+                    sorted(str(i["column_names"]) for i in found.get_indexes(table)))
+            for table in found.get_table_names()}  # fmt: skip
+
+
+@pytest.mark.parametrize("dump", DUMPS, ids=lambda dump: dump.stem)
+def test_a_database_of_every_version_that_was_ever_committed_goes_on(dump: Path, tmp_path: Path) -> None:
+    Database(tmp_path / "new.db").close()
+    path = restored(dump, tmp_path / "old.db")
+    state = State(path, lease_seconds=40.0, clock=lambda: 1_000_010.0)
+    assert schema(path) == schema(tmp_path / "new.db")
+    assert [part.state for part in state.partitions()] == ["accepted", "open", "leased"]
+    assert [shard.node_id for shard in state.accepted_shards()] == ["a"]
+    assert {node.name for node in state.nodes()} == {"node a", "node b", "node c"}
+    assert state.evaluated(0)
+    held = state.grant("c")
+    assert held is not None and (held.partition, held.fresh) == (2, False)
+    assert state.invite(bytes(32), name="", uses=1, seconds=60.0).state == "valid"
+    state.close()
+
+
+def test_the_newest_dump_is_of_this_version_and_every_version_has_its_step(tmp_path: Path) -> None:
+    Database(tmp_path / "new.db").close()
+    assert schema(restored(DUMPS[-1], tmp_path / "newest.db")) == schema(tmp_path / "new.db"), (
+        "the tables were changed: add a version and a migration to coordinator/tables.py and a dump to schemas/")
+    assert DUMPS[-1].stem == f"{SCHEMA_VERSION:02}"
+    assert sorted(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+
+
+#: Opens a database and kills itself right before its n-th statement; says how many there were when there are no more.
+KILLED = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import Engine, event
+from coordinator.database import Database
+left = [int(sys.argv[2])]
+@event.listens_for(Engine, "before_cursor_execute")
+def count(connection, cursor, statement, parameters, context, executemany):
+    if statement.lstrip().startswith(("CREATE", "DELETE", "INSERT", "ALTER", "UPDATE")):
+        if left[0] == 0:
+            os._exit(99)
+        left[0] -= 1
+Database(Path(sys.argv[1])).close()
+"""
+
+
+@pytest.mark.parametrize("dump", [DUMPS[0], None], ids=["old", "new"])
+def test_a_coordinator_killed_in_the_middle_of_a_migration_goes_on(dump: Path | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    if dump is not None:
+        restored(dump, path)
+    killed = 0
+    for statements in range(0, 30, 2):
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(path), str(statements)], check=False)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == 99
+        killed += 1
+        with closing(sqlite3.connect(path)) as connection:  # Nothing, or what was there: never half of it.
+            held = connection.execute("SELECT name FROM sqlite_master WHERE name = 'invitations'").fetchall()
+            assert held == []
+            assert dump is None or connection.execute("SELECT version FROM schema_version").fetchall() == [(1,)]
+    assert killed >= 2 and ended.returncode == 0
+    state = State(path, lease_seconds=40.0)
+    assert len(state.partitions()) == (0 if dump is None else 3)
+    state.close()
+
+
+def test_a_newer_database_is_refused_and_not_touched(tmp_path: Path) -> None:
+    path = restored(DUMPS[0], tmp_path / "x.db")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE schema_version SET version = 1000")
+    before = schema(path)
+    with pytest.raises(StorageError, match="has version 1000 and this coordinator works with versions up to .*: install"):
+        Database(path)
+    assert schema(path) == before
+
+
+def test_what_holds_or_damages_the_file_is_one_sentence(tmp_path: Path) -> None:
+    path = restored(DUMPS[-1], tmp_path / "x.db")
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match="another program holds it.*close that and run the same command again"):
+            Database(path, busy_seconds=0.05)
+        other.rollback()
+    database = Database(path, busy_seconds=0.05)
+    with closing(sqlite3.connect(path)) as other:  # And later, while the run goes on.
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match="another program holds it"), database.transaction() as session:
+            session.add(node(9))
+        other.rollback()
+    with database.transaction() as session:
+        session.add(node(9))
+    database.close()
+    path.write_bytes(b"not a database, and long enough to see it" * 100)
+    with pytest.raises(StorageError, match="it is damaged: put a copy of it back"):
+        Database(path)
