@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.sweep $(ARGS)
 
-# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+# A run across four machines, which are network namespaces: needs Linux and root, and takes minutes on two idle cores.
 test-lan: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.lan $(ARGS)
 
