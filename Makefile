@@ -25,7 +25,7 @@ test-network: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
-# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+# A run across four machines, which are network namespaces: needs Linux and root, and takes minutes on two idle cores.
 test-lan: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.lan $(ARGS)
 
