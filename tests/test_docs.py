@@ -18,8 +18,8 @@ from tests.pages import PROGRAMS, ROOT, RUNNABLE, Block, blocks, pages
 ALL = [block for page in pages() for block in blocks(page)]
 #: Pages with a block that is run; yaml that no file is made of is only read.
 RUN = list(dict.fromkeys(block.where.split(":")[0] for block in ALL if not block.why_not))
-#: Pages that are linked and not written yet.
-AWAITED = {"install.md", "across-machines.md"}
+#: Linked, and not written yet.
+AWAITED = {"install.md"}
 _NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
 
 
