@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 $(PYTEST_ARGS)
 
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
@@ -25,7 +25,7 @@ test-network: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
-# A run across four machines, which are network namespaces: needs Linux and root, and takes two minutes.
+# A run across four machines, which are network namespaces: needs Linux and root, and takes minutes on two idle cores.
 test-lan: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.lan $(ARGS)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge.data.cli import data
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
 from forge.terminal import Printer, print_evaluation
 from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 @click.version_option(package_name="modularforge")
 def main() -> None:
     """Train a mixture of experts from scratch, one expert in memory at a time."""
+
+
+main.add_command(data)
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,14 +22,16 @@ def meet() -> Invitation:
         AccessError: there is nobody to ask for an invitation, none was found, or the invitation is of nobody found here.
         ConfigError: what was typed is no invitation.
     """
-    click.echo("Looking for a coordinator on this network ...", err=True)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        click.echo("Looking for a coordinator on this network ...")
     try:
         found = find()
     except NetworkError as error:
         raise AccessError(f"{NOT_INVITED} None could be looked for on this network: {_clause(error)}.") from error
     if not found:
         raise AccessError(f"{NOT_INVITED} No coordinator announces itself on this network.")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not terminal:
         raise AccessError(f"{NOT_INVITED} On this network there {'is' if len(found) == 1 else 'are'} "
                           f"{', '.join(map(str, found))}.")  # fmt: skip
     for announcement in found:

@@ -76,6 +76,12 @@ def test_the_invitation_says_which_and_what_it_does_not_name_is_refused() -> Non
         among(found[:1], invitation)
 
 
+def test_a_machine_without_an_address_is_not_announced_and_that_is_no_traceback() -> None:
+    nowhere = announcement("a name", 1, "a-machine:7433")
+    with pytest.raises(NetworkError, match="cannot be announced"), announced(nowhere, LOOPBACK):
+        pytest.fail("it was announced")
+
+
 def test_without_the_package_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zeroconf", None)  # What an import of what is not installed meets.
     with pytest.raises(NetworkError, match="zeroconf.*not installed: pip install zeroconf"):
@@ -103,7 +109,7 @@ def test_machines_on_one_network_find_each_other(tmp_path: Path) -> None:
         def outcome(command: str, **environment: str) -> Outcome:
             done = subprocess.run(ada.command(command), cwd=tmp_path, capture_output=True, text=True, timeout=60,
                                   stdin=subprocess.DEVNULL, env={**os.environ, **environment})  # fmt: skip
-            return Outcome(done.returncode, done.stdout, "".join(done.stderr.splitlines(True)[-1:]))
+            return Outcome(done.returncode, done.stdout, done.stderr)
 
         is_one_sentence(outcome(f"{node} alone"), "access", "'tiny' at 10.77.0.1:7433 (CA ")
         assert not (tmp_path / "alone").exists()

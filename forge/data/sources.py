@@ -75,13 +75,13 @@ def documents(config: DataConfig, passed_over: Counter[str] | None = None) -> It
             text = data.decode("utf-8")
         if left:
             left -= len(data)
+        reason = None
         if not text.strip():
             reason = "blank"
         elif not seen.add(digest := text_digest(data)):
             reason = "equal"
         else:
             yield Document(text, label, len(data), digest)
-            reason = None
         if passed_over is not None and reason:
             passed_over[reason] += 1
         if left == 0:
