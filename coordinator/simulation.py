@@ -306,7 +306,6 @@ def describe(rows: Sequence[dict[str, float]]) -> str:
         share = row["wasted_node_hours"] / row["trained_node_hours"]
         cells = [f"{row['churn']:.1f}", f"{row['ideal_hours']:.1f}", f"{row['hours']:.1f}", f"{row['trained_node_hours']:.0f}",
                  f"{row['wasted_node_hours']:.0f} ({share:.0%})"]  # fmt: skip
-        cells += [f"{row[what]:.0f}" for what in ("expired", "backups", "late", "turned_away", "handed_over", "rejected",
-                                                  "accepted")]  # fmt: skip
+        cells += [f"{row[what]:.0f}" for what in (*COUNTED[:6], "accepted")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

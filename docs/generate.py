@@ -135,6 +135,8 @@ def _option_row(option: click.Option, context: click.Context, seen: dict[str, No
     text, default = (match[1], match[2]) if match else (option.help, "required" if option.required else "")
     if isinstance(option.show_default, str):
         default = option.show_default
+    elif option.show_default and option.is_flag:
+        default = "yes" if option.default else "no"
     elif option.show_default:
         default = f"`{option.default}`"
     return f"| `{_escape(names)}` | {_escape(default)} | {_escape(text.rstrip('.'))}{note} |"

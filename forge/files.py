@@ -221,7 +221,8 @@ class RunDirectory:
             for directory in (run.blobs.directory, run.data, run.work, run.reports, root / "stages"):
                 directory.mkdir(parents=True, exist_ok=True)
                 remove_temporaries(directory)
-            remove_temporaries(root)
+            for directory in (root, root / "provenance"):
+                remove_temporaries(directory)
         if not (root / "run.json").is_file():
             write_json(root / "run.json", {"run_id": uuid.uuid4().hex})
         write_bytes(resolved, config.to_yaml().encode())

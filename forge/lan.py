@@ -71,10 +71,12 @@ def announced(announcement: Announcement, interfaces: Sequence[str] | None = Non
 
         parts = [address.rpartition(":") for address in announcement.addresses]
         label = f"forge-{shown(announcement.fingerprint)}"
-        info = ServiceInfo(SERVICE, f"{label}.{SERVICE}", port=int(parts[0][2]), server=f"{label}.local.",
-                           parsed_addresses=[host.strip("[]") for host, _, _ in parts],
-                           properties={"name": _printable(announcement.name), "ca": announcement.fingerprint.hex()})  # fmt: skip
         try:
+            # A machine without a network has but a name, which is no address: OSError.
+            info = ServiceInfo(SERVICE, f"{label}.{SERVICE}", port=int(parts[0][2]), server=f"{label}.local.",
+                               parsed_addresses=[host.strip("[]") for host, _, _ in parts],
+                               properties={"name": _printable(announcement.name),
+                                           "ca": announcement.fingerprint.hex()})  # fmt: skip
             # One CA is of one coordinator, so a name that is in use is our own of before a kill.
             zeroconf.register_service(info, cooperating_responders=True)
         except (OSError, Error) as error:

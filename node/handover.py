@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from forge.checkpoint.handover import check_checkpoint
 from forge.config import RunConfig
 from forge.errors import AccessError, ProtocolError, ShardError
 from node.cache import CHECKPOINT_FILE, Cache
@@ -21,6 +20,8 @@ def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: R
     left, partition = assignment.checkpoint, assignment.partition
     if left is None or (cache.work_dir(partition) / CHECKPOINT_FILE).is_file():
         return
+    from forge.checkpoint.handover import check_checkpoint  # It imports NumPy, which an agent can do without.
+
     path = cache.fetch(client, left)
     try:
         step = check_checkpoint(path, config)

@@ -45,7 +45,7 @@ PROGRAMS = {"forge", "forge-coordinator", "forge-node", "cat", "cd", "cp", "curl
             "rm", "tar"}  # fmt: skip
 COMMENT = re.compile(r"<!-- (not run|first|until|exit|set|file|given): (.*?) -->")
 #: Seconds that a block may take, and a process that was sent Ctrl-C: a machine that does ten other things is slow.
-PATIENCE = 600
+PATIENCE = 900
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def test_generated_pages_are_what_the_code_says(name: str) -> None:
 @pytest.mark.parametrize("block", ALL, ids=[block.where for block in ALL])
 def test_every_block_is_run_or_says_why_not(block: Block) -> None:
     if block.why_not:
-        pytest.skip(block.why_not)
+        pytest.skip(f"{block.where} is not run: {block.why_not}")
     assert block.language in RUNNABLE, f"{block.where}: nothing here runs {block.language}: use one of {sorted(RUNNABLE)}"
     if block.language in ("sh", "console"):
         assert block.script.strip(), f"{block.where} has no command after `$ `"

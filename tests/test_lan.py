@@ -76,6 +76,12 @@ def test_the_invitation_says_which_and_what_it_does_not_name_is_refused() -> Non
         among(found[:1], invitation)
 
 
+def test_a_machine_without_an_address_is_not_announced_and_that_is_no_traceback() -> None:
+    nowhere = announcement("a name", 1, "a-machine:7433")
+    with pytest.raises(NetworkError, match="cannot be announced"), announced(nowhere, LOOPBACK):
+        pytest.fail("it was announced")
+
+
 def test_without_the_package_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zeroconf", None)  # What an import of what is not installed meets.
     with pytest.raises(NetworkError, match="zeroconf.*not installed: pip install zeroconf"):

@@ -38,7 +38,10 @@ def check_checkpoint(path: Path, config: RunConfig) -> int:
         ShardError: it is no checkpoint of an unfinished expert of this config.
         StorageError: it cannot be read.
     """
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except ShardError as error:  # Its sentence names a path of this machine, and this one travels.
+        raise ShardError("The checkpoint is not a sound safetensors file.", detail=str(error)) from error
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in names.ffn_tensors(config.model).items():
         expected[f"model.{name}"] = tuple(shape)

@@ -149,7 +149,7 @@ def line(target: str, **faults: object) -> Iterator[Line]:
         laid.close()
 
 
-def through_a_line(large: bool = True, patience: float = 300.0, **faults: object) -> tuple[Outcome, int, str]:
+def through_a_line(large: bool = True, patience: float = 900.0, **faults: object) -> tuple[Outcome, int, str]:
     """A whole run behind a line: its outcome, the faults that happened, and a remark."""
     outcome = Outcome("", "")
     with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LARGE="1" if large else None):
@@ -235,7 +235,7 @@ def _anywhere(seed: int, count: int = 40) -> list[int]:
 
 FAULTS: dict[str, Callable[[], tuple[Outcome, int, str]]] = {
     "300 ms later, each way": lambda: through_a_line(delay=0.3),
-    "50 kB/s, each way": lambda: through_a_line(large=False, patience=900.0, rate=50_000.0),
+    "50 kB/s, each way": lambda: through_a_line(large=False, rate=50_000.0),
     "5 % of the pieces late by a retransmission": lambda: through_a_line(loss=0.05),
     "a stall in the middle of each upload": lambda: through_a_line(
         stalls=[_CALLS + SHARD * number // 2 for number in (1, 3, 5)]),

@@ -18,6 +18,9 @@ from tests.coordinator.fakes import until
 from tests.faults.sweep import ROOT, Outcome, check_end, free_address
 from tests.faults.work import HOLD_FILE, INVITATION_FILE, LISTEN_FILE
 
+#: Seconds for a process to get somewhere, on a machine that does much else.
+PATIENCE = 150.0
+
 
 class Fleet:
     """The processes of a run in `root`."""
@@ -53,30 +56,32 @@ class Fleet:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_nodes_die_leave_and_come(tmp_path: Path) -> None:
     (tmp_path / HOLD_FILE).touch()
     fleet = Fleet(tmp_path)
     try:
         fleet.start("coordinator")
-        until((tmp_path / "run" / "coordinator.json").is_file, 60)
+        until((tmp_path / "run" / "coordinator.json").is_file, PATIENCE)
         for name in ("ada", "ben", "cleo"):
             fleet.start(name)
-            until(lambda name=name: fleet.trained(name), 60)  # type: ignore[misc]
+        until(lambda: all(fleet.trained(name) for name in ("ada", "ben", "cleo")), PATIENCE)
         assert "leaves when the current expert is handed over" in fleet.tell("ben", "finish", "--now")
-        assert fleet.running["ben"].wait(60) == 0, fleet.said("ben")
+        assert fleet.running["ben"].wait(PATIENCE) == 0, fleet.said("ben")
         (left,) = fleet.events("handed-over")
         assert left["node"] == "ben" and left["step"] == 1 and fleet.trained("ben") == []
         fleet.running["ada"].kill()  # For good: its lease expires.
-        fleet.start("dora")
-        until(lambda: "Another node left partition" in fleet.said("dora"), 60)
-        fleet.start("emil")
+        for name in ("dora", "emil"):
+            fleet.start(name)
+        words = f"Another node left partition {left['partition']} at step 1."
+        until(lambda: any(words in fleet.said(name) for name in ("dora", "emil")), PATIENCE)
         fleet.running["cleo"].kill()
         fleet.running["cleo"].wait()
         (tmp_path / HOLD_FILE).unlink()
         fleet.start("cleo")
         for name in ("coordinator", "cleo", "dora", "emil"):
-            assert fleet.running[name].wait(120) == 0, fleet.said(name)
+            assert fleet.running[name].wait(PATIENCE) == 0, fleet.said(name)
     finally:
         for process in fleet.running.values():
             process.kill()
@@ -85,7 +90,6 @@ def test_nodes_die_leave_and_come(tmp_path: Path) -> None:
     check_end(tmp_path, outcome, nodes=5)
     assert outcome.wrong == []
     assert sorted(str(event["partition"]) for event in fleet.events("accepted")) == ["0", "1", "2"]
-    assert f"Another node left partition {left['partition']} at step 1." in fleet.said("dora")
     with closing(sqlite3.connect(RunDirectory(tmp_path / "run").database)) as database:
         (sha256, slot), = database.execute("select sha256, slot from handovers").fetchall()
     assert slot is None and not (tmp_path / "run" / "blobs" / sha256).exists()
