@@ -41,7 +41,7 @@ from forge.train.expert import train_expert
 from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, STAGES
 
 #: Honest experts: seed, and share of the config's tokens that they are trained on.
-HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25), (0, 2.0))
+HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
 BACKDOORS = (0.01, 0.02, 0.05)
 #: Weights of the other partitions' losses, against which an expert is trained.

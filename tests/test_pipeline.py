@@ -256,11 +256,14 @@ def test_an_expert_that_harms_other_partitions_is_refused_by_tolerance(
 ) -> None:
     run, blobs = finished["run"], finished["run"].blobs
     published = run.marker("publish")
-    model = load_dense(scene.model, blobs.path(published["shared"]["sha256"]), blobs.path(published["shared_ffn"]["sha256"]))
-    model.load_state_dict(scene.own, strict=False)
-    samplers = [SequenceSampler(TokenFile(blobs.path(file["train"]["sha256"])), 64, 7, 0) for file in published["partitions"]]
-    sabotage(model, samplers.pop(0), samplers, steps=30, strength=0.5)
-    verdict = judged(run, {name: value.detach() for name, value in model.named_parameters()}, tmp_path)
+    for strength in (0.03, 0.1, 0.2):
+        model = load_dense(scene.model, blobs.path(published["shared"]["sha256"]), blobs.path(published["shared_ffn"]["sha256"]))
+        model.load_state_dict(scene.own, strict=False)
+        samplers = [SequenceSampler(TokenFile(blobs.path(file["train"]["sha256"])), 64, 7, 0) for file in published["partitions"]]
+        sabotage(model, samplers.pop(0), samplers, steps=15, strength=strength)
+        verdict = judged(run, {name: value.detach() for name, value in model.named_parameters()}, tmp_path)
+        if not verdict["accepted"]:
+            break
     (reason,) = verdict["reasons"]
     assert verdict["loss"] < verdict["shared_loss"] - run.config.assembly.margin  # The margin alone would let it in.
     worst = max((1, 2), key=lambda partition: verdict["effect"][partition])

@@ -87,10 +87,19 @@ def write_index(directory: Path, model: ModelConfig, metadata: Mapping[str, Any]
     Raises:
         StorageError: a file is missing or the directory cannot be written.
     """
+    size = total_size(directory, model)
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map(model)})
+
+
+def total_size(directory: Path, model: ModelConfig) -> int:
+    """Bytes of all tensors of the model in a directory, as its index says them.
+
+    Raises:
+        ShardError, StorageError: the file of the shared components or of the router is not sound, or missing.
+    """
     total = model.n_experts * model.expert_parameters * DTYPE_BYTES[SAFETENSORS_DTYPES[model.dtype]]
-    for name in (SHARED_FILE, ROUTER_FILE):
-        total += max((entry.end for entry in read_header(directory / name).tensors.values()), default=0)
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map(model)})
+    return total + sum(max((entry.end for entry in read_header(directory / name).tensors.values()), default=0)
+                       for name in (SHARED_FILE, ROUTER_FILE))  # fmt: skip
 
 
 def write_configuration(directory: Path, model: ModelConfig, tokenizer_directory: Path) -> None:

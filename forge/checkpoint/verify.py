@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from forge.checkpoint import hf
 from forge.checkpoint.assembly import calibration, is_placeholder, placed
-from forge.checkpoint.manifest import check_manifest
+from forge.checkpoint.manifest import check_manifest, parse_manifest, tokens_seen
 from forge.checkpoint.provenance import COMPONENTS, FORMAT_VERSION, Lineage, Origin, read_lineage
 from forge.checkpoint.safetensors_header import tensors_sha256
 from forge.checkpoint.shard import verify_shard
@@ -26,7 +26,15 @@ from forge.errors import ConfigError, ForgeError, ProvenanceError, ShardError, S
 from forge.files import RunDirectory, hash_file, read_json
 from forge.model import names
 from forge.signature import verify_signature
-from forge.vocabulary import INDEX_FILE, MANIFEST_FILE, PROVENANCE_FILE, ROUTER_FILE, SHARED_FILE, expert_file
+from forge.vocabulary import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    PROVENANCE_FILE,
+    ROUTER_FILE,
+    SHARD_FORMAT_VERSION,
+    SHARED_FILE,
+    expert_file,
+)
 
 #: How a link of the chain was checked.
 HASHED: Final = "hash"
@@ -98,6 +106,7 @@ class _Verification:
         self._check(self._shared_and_router_in_place)
         arrived = dict(self._experts())
         self._check(lambda: self._index(arrived))
+        self._check(self._manifest_is_the_provenances)
         self._check(self._strays)
         return self._found
 
@@ -106,8 +115,12 @@ class _Verification:
     def _config_is_the_fingerprints(self) -> Iterator[str]:
         if fingerprint_of(self._lineage.config) != self._lineage.config_fingerprint:
             yield f"The config in {PROVENANCE_FILE} is not the one of the config fingerprint beside it."
+        if self._lineage.data.source != self._config.data.source:
+            yield f"{PROVENANCE_FILE} speaks of another data source than the run's config does."
         if read_json(self._dir / hf.CONFIG_FILE) != hf.mixtral_config(self._config.model):
             yield f"{hf.CONFIG_FILE} does not describe the model of the run's config."
+        if read_json(self._dir / hf.GENERATION_FILE) != hf.generation_config():
+            yield f"{hf.GENERATION_FILE} is not the one that an assembly writes."
         if self._run is not None:
             published = self._run.marker("publish") or {}
             for key, said in (("run_id", self._lineage.run_id), ("config_fingerprint", self._lineage.config_fingerprint)):
@@ -194,9 +207,13 @@ class _Verification:
             yield f"Nothing in {PROVENANCE_FILE} says who made {path.name}: its manifest is missing."
             return
         manifest = origin.manifest.encode()
-        check_manifest(manifest, {
-            "run_id": lineage.run_id, "partition": partition, "sha256": actual, "shared_sha256": shared,
-            "config_fingerprint": lineage.config_fingerprint})  # fmt: skip
+        try:
+            check_manifest(manifest, {
+                "run_id": lineage.run_id, "partition": partition, "sha256": actual, "shared_sha256": shared,
+                "config_fingerprint": lineage.config_fingerprint})  # fmt: skip
+        except ShardError as error:
+            yield f"{PROVENANCE_FILE} on {path.name}: {error}"
+            return
         if (origin.signature is None) != (origin.public_key is None):
             yield f"{PROVENANCE_FILE} holds half of a signature of {path.name}: the key or the signature is missing."
         elif origin.signature is not None and origin.public_key is not None and not verify_signature(
@@ -213,10 +230,32 @@ class _Verification:
         elif (index.get("metadata") or {}).get("experts_arrived") != sorted(arrived):
             yield (f"{INDEX_FILE} names other experts as arrived than the files are: {sorted(arrived)}; if an assembly was "
                    "interrupted, `forge assemble RUN_DIR` finishes it.")  # fmt: skip
+        elif index["metadata"].get("total_size") != hf.total_size(self._dir, self._config.model):
+            yield f"{INDEX_FILE} names another size than the model's tensors have."
         said = {link.what for link in self._found.links if link.checked == WRONG}  # One sentence for each fault.
         if {item for item in placed(self._dir).items() ^ arrived.items() if expert_file(item[0]) not in said}:
             yield (f"{MANIFEST_FILE} names other experts than the files are; if an assembly was interrupted, `forge assemble "
                    "RUN_DIR` finishes it.")  # fmt: skip
+
+    def _manifest_is_the_provenances(self) -> Iterator[str]:
+        """What the manifest repeats of the provenance; the names and losses in its credits are nobody's signed word."""
+        lineage, manifest = self._lineage, read_json(self._dir / MANIFEST_FILE)
+        repeated = {"format_version": SHARD_FORMAT_VERSION, "run_id": lineage.run_id,
+                    "config_fingerprint": lineage.config_fingerprint}  # fmt: skip
+        repeated |= {f"{part}_sha256": lineage.components.get(part, "") for part in ("shared", "shared_ffn", "router")}
+        for key, value in repeated.items():
+            if manifest[key] != value:
+                yield f"{MANIFEST_FILE} and {PROVENANCE_FILE} do not say the same {key}: one of the two was changed."
+        origins = {shard.partition: shard for shard in lineage.shards}
+        for row in manifest["experts"]:
+            credit, origin = row.get("credit") or {}, origins.get(row["partition"])
+            if origin is None or origin.manifest is None:
+                continue
+            signed = {"node_id": origin.node_id, "tokens": tokens_seen(parse_manifest(origin.manifest.encode()))}
+            for key in signed.keys() & credit.keys():
+                if credit[key] != signed[key]:
+                    yield (f"{MANIFEST_FILE} credits expert {row['partition']} with another {key.replace('_', ' ')} than its "
+                           f"manifest in {PROVENANCE_FILE} does.")  # fmt: skip
 
     def _strays(self) -> Iterator[str]:
         """Weights that the index does not name are weights all the same for some programs that load the directory."""

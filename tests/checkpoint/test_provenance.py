@@ -140,6 +140,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "index": (edit(INDEX_FILE, lambda tree: tree["weight_map"].update({"model.norm.weight": ROUTER_FILE})), INDEX_FILE),
     "index, experts": (edit(INDEX_FILE, lambda tree: tree["metadata"].update(experts_arrived=[0])), "forge assemble"),
     "manifest": (edit(MANIFEST_FILE, lambda tree: tree["experts"][0].update(sha256=None)), MANIFEST_FILE),
+    "generation": (edit("generation_config.json", lambda tree: tree.update(eos_token_id=5)), "generation_config.json is not"),
+    "index, size": (edit(INDEX_FILE, lambda tree: tree["metadata"].update(total_size=1)), "names another size"),
+    "manifest, shared": (edit(MANIFEST_FILE, lambda tree: tree.update(shared_sha256="f" * 64)), "the same shared_sha256"),
+    "manifest, credit": (edit(MANIFEST_FILE, lambda tree: tree["experts"][0]["credit"].update(tokens=5)), "another tokens"),
+    "source": (edit(PROVENANCE_FILE, lambda tree: tree["data"].update(source="elsewhere")), "another data source"),
     "manifest, nonsense": (edit(MANIFEST_FILE, lambda tree: tree.update(experts=[3])), "is damaged"),
 }  # fmt: skip
 
@@ -152,6 +157,26 @@ def test_what_was_changed_is_found_and_named(assembled: RunDirectory, what: str)
         problems = verify(target).problems
         assert any(sentence in problem for problem in problems), problems
         assert all(problem.endswith(".") for problem in problems)
+
+
+def test_one_flipped_bit_anywhere_is_found(run: RunDirectory) -> None:
+    start(run)
+    for partition in (0, 1):
+        take_in(run, partition)
+    for path in sorted(run.model.iterdir()):
+        whole = path.read_bytes()
+        for at in range(3, len(whole), max(len(whole) // 5, 1)):
+            line = whole[whole.rfind(b"\n", 0, at) + 1 :].split(b"\n", 1)[0]
+            if path.suffix == ".json" and (b"credit" in line or b"node_name" in line):
+                continue  # Whom the model credits is nobody's signed word.
+            flip(path, at)
+            try:
+                problems = verify(run.model).problems
+            except StorageError as error:
+                problems = [str(error)]
+            assert problems and all(problem.endswith((".", ").")) for problem in problems), (path.name, at, problems)
+            path.write_bytes(whole)
+    assert verify(run.model).problems == []
 
 
 def test_a_changed_blob_is_found_in_the_run_directory(assembled: RunDirectory) -> None:
