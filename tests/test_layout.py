@@ -15,9 +15,10 @@ NEVER_IN_FORGE = {"grpc", "sqlalchemy", "starlette", "uvicorn", "http.server", "
 #: Modules and names that Windows does not have; a module that asks `hasattr` first may use one.
 POSIX_ONLY = {
     "fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "os.fork", "os.forkpty", "os.setsid", "os.killpg", "os.getpgid",
-    "os.getuid", "os.geteuid", "os.getgid", "os.getloadavg", "os.sched_getaffinity", "os.sched_setaffinity", "os.nice", "os.statvfs",
-    "os.mkfifo", "os.chown", "os.pread", "os.pwrite", "signal.SIGKILL", "signal.SIGHUP", "signal.SIGUSR1", "signal.SIGUSR2",
-    "signal.SIGSTOP", "signal.SIGCONT", "signal.SIGALRM", "signal.alarm", "signal.setitimer", "signal.pause",
+    "os.getuid", "os.geteuid", "os.getgid", "os.getloadavg", "os.sched_getaffinity", "os.sched_setaffinity", "os.nice",
+    "os.statvfs", "os.mkfifo", "os.chown", "os.pread", "os.pwrite", "signal.SIGKILL", "signal.SIGHUP",
+    "signal.SIGUSR1", "signal.SIGUSR2", "signal.SIGSTOP", "signal.SIGCONT",
+    "signal.SIGALRM", "signal.alarm", "signal.setitimer", "signal.pause",
 }  # fmt: skip
 
 
