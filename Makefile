@@ -3,9 +3,9 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-network test-lan test-llama soak check docs format clean
+.PHONY: demo test test-faults test-network test-lan test-llama fuzz soak check docs format clean
 .PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
-	bench-prepare bench-memory bench-startup
+	bench-prepare bench-memory bench-startup bench-attacks
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -73,6 +73,13 @@ bench-prepare: $(VENV)/.installed
 
 bench-startup: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.startup $(ARGS)
+
+# Hostile shards against the gate of a small run that is trained first.
+bench-attacks: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.attacks --output benchmarks/results/attacks.md $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --inputs 1000000
 
 bench-memory: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
