@@ -3,27 +3,40 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-llama check bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly \
-	bench-generation bench-prepare bench-memory bench-startup bench-attacks fuzz format clean
+.PHONY: demo test test-faults test-network test-lan test-llama soak fuzz check docs format clean
+.PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
+	bench-prepare bench-memory bench-startup bench-attacks
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 $(PYTEST_ARGS)
 
 # Kills a coordinator or a node at every change of state that it makes: an hour or two, and a table.
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.sweep $(ARGS)
 
+# A node behind bad lines: ten minutes, and a table.
+test-network: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.network $(ARGS)
+
+# Run after run on one coordinator process each, nodes that live on: does anything grow? ARGS="--hours 0.25" is a shorter one.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.soak $(ARGS)
+
+# A run across four machines, which are network namespaces: needs Linux and root, and takes minutes on two idle cores.
+test-lan: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.lan $(ARGS)
+
 # llama.cpp itself on an exported model; compiling its Python binding takes ten minutes.
 test-llama: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/publish/test_llama.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP tests/publish/test_llama.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy forge coordinator node benchmarks tests
+	$(BIN)/mypy forge coordinator node benchmarks tests docs
 	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
@@ -70,6 +83,10 @@ fuzz: $(VENV)/.installed-dev
 
 bench-memory: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.memory --output benchmarks/results/memory.md $(ARGS)
+
+# The pages that are written from the code: docs/cli.md and docs/configuration.md.
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.generate
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

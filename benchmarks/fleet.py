@@ -292,9 +292,9 @@ class TimedClient(FleetClient):
             self._notes.trouble(f"heartbeat: {error}")
             raise
 
-    def open_upload(self, lease_id: str, sha256: str, size: int) -> Any:
+    def open_upload(self, lease_id: str, sha256: str, size: int, checkpoint: bool = False) -> Any:
         """Timed."""
-        return self._timed("open upload", super().open_upload, lease_id, sha256, size)
+        return self._timed("open upload", super().open_upload, lease_id, sha256, size, checkpoint)
 
     def commit(self, lease_id: str, sha256: str, manifest: bytes, signature: bytes) -> Any:
         """Timed."""

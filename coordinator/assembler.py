@@ -58,6 +58,7 @@ class Assembler:
         self._in_place: dict[int, str] | None = None
         self._pushed: int | None = None
         self._failures: dict[tuple[int, bool], int] = {}
+        self._swept = False
         #: Every shard is accepted, assembled and evaluated.
         self.done = False
         #: Why the newest push failed, if it did.
@@ -71,6 +72,8 @@ class Assembler:
             Stopped: the coordinator is being stopped.
         """
         accepted = self._state.accepted_shards()
+        if not self._swept:
+            self._delete_checkpoints()
         if (pause := self._take_out_strays(accepted)) is not None:
             return pause
         for shard in accepted:
@@ -176,6 +179,7 @@ class Assembler:
             return 0.0
         finally:
             self._activity.say("")
+        self._swept = False
         if judgement.accepted:
             if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
                 return 0.0  # Its node was revoked while it was being judged.
@@ -197,6 +201,15 @@ class Assembler:
                 return  # Somebody handed in a published file as a shard.
             with storage_errors(self._run.blobs.directory):
                 self._run.blobs.path(shard.sha256).unlink(missing_ok=True)
+
+    def _delete_checkpoints(self) -> None:
+        """Delete what nodes left of partitions whose shard has been judged since, or that another one left more of."""
+        published = json.dumps(self._run.marker("publish"))
+        for sha256 in self._state.stale_checkpoints():
+            if sha256 not in published:
+                with storage_errors(self._run.blobs.directory):
+                    self._run.blobs.path(sha256).unlink(missing_ok=True)
+        self._swept = True
 
     def _push_model(self, experts: int) -> None:
         assert self._push is not None

@@ -74,18 +74,19 @@ class Uploads:
 
     Args:
         store: where finished uploads go.
-        largest: bytes that one upload may have.
+        largest: bytes that one shard may have.
+        largest_checkpoint: bytes that one checkpoint may have.
     """
 
-    def __init__(self, store: BlobStore, largest: int) -> None:
+    def __init__(self, store: BlobStore, largest: int, largest_checkpoint: int = 0) -> None:
         self.store = store
-        self._largest = largest
+        self._largest = {False: largest, True: largest_checkpoint}
         self._directory = store.directory / "incoming"
         self._lock = threading.Lock()
         self._open: dict[str, _Upload] = {}
         self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploads
 
-    def open(self, lease: LeaseRecord, sha256: str, size: int) -> int:
+    def open(self, lease: LeaseRecord, sha256: str, size: int, checkpoint: bool = False) -> int:
         """Announce an upload; the offset to go on from, equal to `size` when nothing is missing.
 
         A lease has one upload and a node `MAX_UPLOADS`: announcing another one drops the oldest, so that a node cannot
@@ -95,8 +96,9 @@ class Uploads:
             ProtocolError: the size is not one that a shard of this run can have.
             StorageError: the disk has no room for the rest.
         """
-        if not 0 < size <= self._largest:
-            raise ProtocolError(f"A shard of this run has at most {self._largest:,} bytes, and this one {size:,}.")
+        if not 0 < size <= self._largest[checkpoint]:
+            raise ProtocolError(f"A {'checkpoint' if checkpoint else 'shard'} of this run has at most "
+                                f"{self._largest[checkpoint]:,} bytes, and this one {size:,}.")  # fmt: skip
         if self.store.has(sha256):
             return size
         with self._lock:

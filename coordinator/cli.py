@@ -8,14 +8,21 @@ import os
 from pathlib import Path
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from forge.errors import INTERRUPTED, report_errors
 from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT
 
+if TYPE_CHECKING:
+    from forge.live import LogFormat
+
 # gRPC's C++ core writes to stderr by itself, beside the sentence of ours that says the same; it reads this when imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+#: Nodes that the invitation lets in that `serve` prints on a terminal.
+INVITED = 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,18 +43,34 @@ def main() -> None:
               help="Push the model to the Hub after every accepted expert.")  # fmt: skip
 @click.option("--dashboard", default=None, metavar="HOST:PORT|off", show_default=f"127.0.0.1:{DASHBOARD_PORT}",
               help="Where to serve the web page; another free port when the default one is in use.")  # fmt: skip
+@click.option("--announce/--no-announce", default=True, show_default=True,
+              help="Whether nodes on this network may find it; on a loopback address it never is announced.")  # fmt: skip
+@click.option("--invite", type=click.IntRange(0, 10_000), default=None, metavar="USES", show_default="5 on a terminal when "
+              "other machines can reach it, else 0", help="Print an invitation for so many nodes.")  # fmt: skip
+@click.option("--ram", default=None, metavar="SIZE",
+              help="Memory that a stage, a verdict or an evaluation may use, such as 8G; default all there is.")  # fmt: skip
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
-          dashboard: str | None, exit_when_done: bool, insecure: int) -> None:  # fmt: skip
+          dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
+          insecure: int, log_format: LogFormat) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
+    from coordinator.addresses import is_loopback, parse_listen
     from coordinator.serve import serve as run
     from forge.config import load_config
+    from forge.pipeline import check_budget
+    from forge.train.memory import STAGES, parse_size
 
     resolved = load_config(config, overrides)
+    if invite is None:  # Where no person reads it, a secret would only lie in a log.
+        invite = INVITED if sys.stdout.isatty() and not is_loopback(parse_listen(listen)[0]) else 0
+    ram_bytes = None if ram is None else parse_size(ram)
+    if ram_bytes is not None:
+        check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce, invite, log_format)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 
@@ -57,9 +80,13 @@ def _run_dir_option(command: Callable[..., None]) -> Callable[..., None]:
                         "the one below runs that a coordinator works in.")(command)  # fmt: skip
 
 
+def _json_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
 @main.command()
 @_run_dir_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json_option
 @report_errors()
 def status(run_dir: Path | None, as_json: bool) -> None:
     """Show how far a run is, on the machine that coordinates it."""
@@ -69,6 +96,27 @@ def status(run_dir: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))
 
 
+@main.command()
+@click.option("--nodes", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Machines at a time.")
+@click.option("--experts", type=click.IntRange(1, 100_000), default=40, show_default=True, help="Partitions of the run.")
+@click.option("--churn", type=click.FloatRange(0, 0.99), multiple=True, help="Share of the nodes that leave in the time in "
+              "which a usual one trains one expert. May be given several times.  [default: 0, 0.1 .. 0.5]")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Runs of which the mean is shown.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The first of them.")
+@click.option("--expert-hours", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True,
+              help="Hours in which a usual node trains one expert.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@report_errors()
+def simulate(nodes: int, experts: int, churn: tuple[float, ...], seeds: int, seed: int, expert_hours: float,
+             as_json: bool) -> None:  # fmt: skip
+    """Print how long a run would take with nodes that come and go, and what of their work would be wasted."""
+    from coordinator.simulation import Scenario, describe, table
+
+    base = Scenario(nodes=nodes, experts=experts, churn=0.0, seed=seed, expert_hours=expert_hours)
+    rows = table(base, churn or tuple(step / 10 for step in range(6)), seeds)
+    click.echo(json.dumps(rows, indent=2) if as_json else describe(rows))
+
+
 @main.group()
 def token() -> None:
     """Invite machines: an invitation is one string that lets a number of nodes in."""
@@ -76,23 +124,28 @@ def token() -> None:
 
 @token.command("create")
 @_run_dir_option
+@click.option("--qr", is_flag=True, help="Show the line to type as a QR code, too.")
 @click.option("--uses", type=click.IntRange(1, 10_000), default=1, show_default=True, help="How many nodes it lets in.")
 @click.option("--expires", default="7d", show_default=True, metavar="TIME", help="How long: 90m, 12h, 7d or 2w.")
 @click.option("--name", default="", help="For whom, to tell invitations apart.")
 @click.option("--address", "addresses", multiple=True, metavar="HOST:PORT",
               help="Where nodes reach the coordinator; default: where the one that runs listens.")  # fmt: skip
 @report_errors()
-def token_create(run_dir: Path | None, uses: int, expires: str, name: str, addresses: tuple[str, ...]) -> None:
+def token_create(run_dir: Path | None, qr: bool, uses: int, expires: str, name: str, addresses: tuple[str, ...]) -> None:
     """Print an invitation. Whoever has it can join; nobody can be shown it again."""
     from coordinator.admin import find_run
-    from coordinator.invite import create_token
+    from coordinator.invite import create_token, join_line
 
     text, encrypted = create_token(find_run(run_dir), uses=uses, expires=expires, name=name, addresses=addresses)
     click.echo(text)
-    insecure = "" if encrypted else " --insecure"
+    line, insecure = join_line(text, encrypted), "" if encrypted else " --insecure"
     # On stderr, so that INVITATION=$(forge-coordinator token create) holds the string alone.
-    click.echo(f"\non the machine that joins, once:\n\n  forge-node join {text}{insecure}\n\nor, where others may see the "
+    click.echo(f"\non the machine that joins, once:\n\n  {line}\n\nor, where others may see the "
                f"list of processes:\n\n  FORGE_TOKEN={text} forge-node join{insecure}\n", err=True)  # fmt: skip
+    if qr:
+        import segno
+
+        segno.make_qr(line, error="l").terminal(out=sys.stderr, compact=True)
 
 
 @token.command("list")
@@ -118,9 +171,59 @@ def token_revoke(invitation: str, run_dir: Path | None) -> None:
     click.echo(revoke_token(find_run(run_dir), invitation))
 
 
-@main.group()
-def nodes() -> None:
-    """Show nodes, and send them away."""
+def _show(lines: str, values: Callable[[dict[str, Any]], Any], run_dir: Path | None, as_json: bool) -> None:
+    """Print a part of the snapshot that the dashboard shows, too: by a function of coordinator/listing.py, or as JSON."""
+    from coordinator import listing
+    from coordinator.admin import fetch_status, find_run
+
+    snapshot = fetch_status(find_run(run_dir))["snapshot"]
+    click.echo(json.dumps(values(snapshot), indent=2) if as_json else "\n".join(getattr(listing, lines)(snapshot)))
+
+
+@main.command()
+@_run_dir_option
+@_json_option
+@report_errors()
+def experts(run_dir: Path | None, as_json: bool) -> None:
+    """Show every expert: its state, who trains it, how far that is, its losses."""
+    _show("expert_lines", lambda snapshot: snapshot["experts"], run_dir, as_json)
+
+
+@main.command()
+@_run_dir_option
+@_json_option
+@report_errors()
+def partitions(run_dir: Path | None, as_json: bool) -> None:
+    """Show every partition: its text, and the perplexity on it of the model and of the shared components alone."""
+    from coordinator.listing import partitions as rows
+
+    _show("partition_lines", rows, run_dir, as_json)
+
+
+@main.command()
+@_run_dir_option
+@click.option("--follow", is_flag=True, help="Go on with what happens, also when the coordinator is started anew.")
+@_json_option
+@report_errors()
+def events(run_dir: Path | None, follow: bool, as_json: bool) -> None:
+    """Show what happened, in order; no coordinator has to run for that."""
+    from coordinator.admin import find_run
+    from coordinator.listing import event_line
+    from coordinator.listing import events as read
+
+    for line in read(find_run(run_dir), follow=follow):
+        click.echo(line if as_json else event_line(line))
+
+
+@main.group(invoke_without_command=True)
+@_run_dir_option
+@_json_option
+@click.pass_context
+@report_errors()
+def nodes(context: click.Context, run_dir: Path | None, as_json: bool) -> None:
+    """Show nodes and what they do; with a command, send them away."""
+    if context.invoked_subcommand is None:
+        _show("node_lines", lambda snapshot: snapshot["nodes"], run_dir, as_json)
 
 
 @nodes.command("list")

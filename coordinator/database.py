@@ -20,6 +20,10 @@ from forge.errors import StorageError, storage_error
 BUSY_SECONDS = 30.0
 
 
+class DatabaseUnavailableError(StorageError):
+    """The database is locked by somebody else, or its disk is full: what was asked may be asked again later."""
+
+
 class Database:
     """One database, its tables made when they are missing and brought up to date when they are old.
 
@@ -100,14 +104,17 @@ class Database:
         except DatabaseError as error:
             said = str(error.orig)
             if "disk is full" in said:
-                raise storage_error(self._name, OSError(errno.ENOSPC, said)) from error
+                full = storage_error(self._name, OSError(errno.ENOSPC, said))
+                raise DatabaseUnavailableError(str(full), detail=str(error)) from error
+            kind: type[StorageError] = StorageError
             then = "check its disk and run the same command again"
             if "locked" in said:
+                kind = DatabaseUnavailableError
                 then = "another program holds it, such as a backup or a shell: close that and run the same command again"
             elif "not a database" in said or "malformed" in said:
                 then = "it is damaged: put a copy of it back, or start the run in another directory"
-            raise StorageError(f"The run's database {self._name} cannot be used ({said}): {then}.",
-                               detail=str(error)) from error  # fmt: skip
+            raise kind(f"The run's database {self._name} cannot be used ({said}): {then}.",
+                       detail=str(error)) from error  # fmt: skip
 
 
 def _engine(location: Path | str, busy_seconds: float) -> Engine:

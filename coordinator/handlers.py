@@ -37,12 +37,13 @@ from coordinator.messages import (
 )
 from coordinator.publication import Publication
 from coordinator.quotas import Quotas
-from coordinator.records import TRAINING, Counts, NodeRecord, Receipt
+from coordinator.records import TRAINING, CheckpointRecord, Counts, NodeRecord, Receipt
 from coordinator.snapshot import Snapshots
-from coordinator.state import State
+from coordinator.state import BEATS, State
+from forge.checkpoint.handover import check_checkpoint
 from forge.checkpoint.manifest import MAX_MANIFEST_BYTES, check_manifest
 from forge.config import RunConfig
-from forge.errors import ProtocolError, ShardError
+from forge.errors import AccessError, ProtocolError, ShardError
 from forge.files import RunDirectory
 from forge.signature import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, node_id_of, verify_signature
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
@@ -52,8 +53,6 @@ MAX_WORD, MAX_LIST = 200, 4096
 MAX_NAME = 64
 #: Largest integer that every database holds.
 MAX_INTEGER = (1 << 63) - 1
-#: Heartbeats in the life of a lease: three may be lost.
-HEARTBEATS = 4
 #: Seconds until a node that waits for somebody's verdict asks again.
 VERDICT_WAIT_SECONDS = 2.0
 #: Questions for work in a second, at most, when every node of the run waits: each costs 2 ms of a processor.
@@ -158,14 +157,16 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
     if granted is None:
         return _nothing_open(desk.state.counts(), desk.state.draining, desk.state.count_nodes())
     if granted.fresh:
-        desk.note("leased", f"{node.name} trains expert {granted.partition}", node=node.name, lease_id=granted.id,
+        backup = ", whose node is slow, as well" if granted.backup else ""
+        desk.note("leased", f"{node.name} trains expert {granted.partition}{backup}", node=node.name, lease_id=granted.id,
                   partition=granted.partition)  # fmt: skip
-    facts = desk.publication.facts
+    facts, left = desk.publication.facts, desk.state.inherited(granted.id)
     partition = next(part for part in facts["partitions"] if part["partition"] == granted.partition)
     return Assignment(
         lease_id=granted.id, partition=granted.partition, partition_tokens=partition["tokens"],
         shared=_blob(facts["shared"]), shared_ffn=_blob(facts["shared_ffn"]), train_tokens=_blob(partition["train"]),
-        heartbeat_seconds=desk.config.fleet.lease_seconds / HEARTBEATS)  # fmt: skip
+        checkpoint=None if left is None else Blob(sha256=left.sha256, size=left.size),
+        heartbeat_seconds=desk.config.fleet.lease_seconds / BEATS)  # fmt: skip
 
 
 def heartbeat(request: HeartbeatRequest, node: NodeRecord, desk: Desk) -> HeartbeatAnswer:
@@ -177,9 +178,36 @@ def heartbeat(request: HeartbeatRequest, node: NodeRecord, desk: Desk) -> Heartb
     return HeartbeatAnswer(order=order, reason=reason)
 
 
-def release(lease_id: str, node: NodeRecord, desk: Desk) -> None:
-    """Take a lease back."""
-    desk.state.release(lease_id[:MAX_WORD], node.id)
+def release(lease_id: str, node: NodeRecord, desk: Desk, checkpoint: str = "") -> None:
+    """Take a lease back, and the checkpoint of that sha256 for the next node, if it is one.
+
+    Raises:
+        ProtocolError: the lease is not this node's, or the checkpoint was not uploaded.
+        ShardError: it is no checkpoint of this run.
+        AccessError: a bad shard was made of what this node left before.
+    """
+    if not checkpoint:
+        desk.state.release(lease_id[:MAX_WORD], node.id)
+        return
+    _check_ids(lease_id, checkpoint)
+    held = desk.state.lease(lease_id, node.id)
+    if held.ended is not None:
+        return  # Asked again, or too late.
+    if not desk.state.may_hand_over(node.id):
+        raise AccessError("A bad shard was made of a checkpoint that this node left before: it may leave no other one.")
+    if not desk.run.blobs.has(checkpoint):
+        raise ProtocolError(f"The upload of {checkpoint[:12]} is not complete: send the rest first.")
+    path = desk.run.blobs.path(checkpoint)
+    try:
+        left = CheckpointRecord(sha256=checkpoint, size=path.stat().st_size, step=check_checkpoint(path, desk.config))
+    except ShardError:
+        known = checkpoint in desk.publication.sizes or desk.state.checkpoint_size(checkpoint) is not None
+        if not known and not desk.state.uses(checkpoint):  # It is nothing else, which somebody calls a checkpoint.
+            path.unlink(missing_ok=True)
+        raise
+    if desk.state.release(lease_id, node.id, left):
+        desk.note("handed-over", f"{node.name} leaves expert {held.partition} at step {left.step:,} to the next",
+                  node=node.name, partition=held.partition, step=left.step)  # fmt: skip
 
 
 def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterator[bytes]:
@@ -191,6 +219,8 @@ def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterat
         QuotaError: with the first chunk: too much is on its way to this node.
     """
     size = desk.publication.sizes.get(sha256)
+    if size is None and _SHA256.fullmatch(sha256):
+        size = desk.state.checkpoint_size(sha256)
     if size is None:
         raise NotPublishedError("This run publishes no such file.")
     if offset > size:
@@ -215,6 +245,10 @@ def open_upload(request: OpenUploadRequest, node: NodeRecord, desk: Desk) -> Upl
     """
     _check_ids(request.lease_id, request.sha256)
     held = desk.state.lease(request.lease_id, node.id)
+    if request.checkpoint:
+        if held.ended is not None:
+            raise ProtocolError("This lease has ended: its checkpoint is not wanted any more.")
+        return UploadOpened(offset=desk.uploads.open(held, request.sha256, request.size, checkpoint=True))
     receipt = desk.state.receipt(request.lease_id, node.id, request.sha256)
     if receipt is not None:
         return UploadOpened(offset=request.size, receipt=receipt)

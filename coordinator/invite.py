@@ -66,6 +66,11 @@ def create_token(run_dir: Path, *, uses: int, expires: str, name: str, addresses
     return text, bool(info.get("encrypted", True))
 
 
+def join_line(text: str, encrypted: bool) -> str:
+    """What to type on the machine that joins."""
+    return f"forge-node join {text}" + ("" if encrypted else " --insecure")
+
+
 def list_tokens(run_dir: Path) -> str:
     """Every invitation, a line each."""
     state = _state(run_dir)

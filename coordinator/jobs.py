@@ -43,11 +43,12 @@ class JobRunner:
     Args:
         log: file that takes the children's stderr.
         on_end: told the name, the arguments and the result (with `peak_bytes`) of a job that ended well.
+        ram_bytes: memory that each job may have; None is all there is.
     """
 
-    def __init__(self, log: Path, on_end: Callable[[str, dict[str, Any], dict[str, Any]], None]) -> None:
-        self._log = log
-        self._on_end = on_end
+    def __init__(self, log: Path, on_end: Callable[[str, dict[str, Any], dict[str, Any]], None],
+                 ram_bytes: int | None = None) -> None:  # fmt: skip
+        self._log, self._on_end, self._ram_bytes = log, on_end, ram_bytes
         self._lock = threading.Lock()
         self._running: dict[Job, bool] = {}
         self._stopped = False
@@ -57,7 +58,7 @@ class JobRunner:
         with self._lock:
             if self._stopped:
                 raise Stopped
-            job = Job(name, arguments, log=self._log)
+            job = Job(name, arguments | {"ram_bytes": self._ram_bytes}, log=self._log, ram_bytes=self._ram_bytes)
             self._running[job] = arguments.get("stage") == "shared"
         if hasattr(os, "setpriority"):
             with suppress(OSError):  # It is over already.

@@ -11,14 +11,20 @@ import threading
 from typing import Any
 
 
+def time_of_day() -> str:
+    """What a line begins with."""
+    return f"[{datetime.now().strftime('%H:%M:%S')}] "
+
+
 def print_line(line: str) -> None:
     """Print a line with the time of day."""
-    sys.stdout.write(f"[{datetime.now().strftime('%H:%M:%S')}] {line}\n")
+    sys.stdout.write(f"{time_of_day()}{line}\n")
     sys.stdout.flush()
 
 
 class Journal:
-    """Appends one JSON object a line to a file: `ts` (UTC, ISO 8601), `event`, and the event's facts.
+    """Appends one JSON object a line to a file: `ts` (UTC, ISO 8601), `event`, `sentence` if there is one for
+    people, and the event's facts.
 
     Args:
         path: the file.
@@ -32,7 +38,8 @@ class Journal:
 
     def event(self, name: str, sentence: str = "", /, **facts: Any) -> None:
         """Record an event and show its sentence. A disk that cannot take it stops nothing: the run matters more."""
-        line = json.dumps({"ts": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name, **facts})
+        line = json.dumps({"ts": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name,
+                           **({"sentence": sentence} if sentence else {}), **facts})  # fmt: skip
         with self._lock:
             if sentence:
                 self._echo(sentence)

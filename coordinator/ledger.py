@@ -87,6 +87,12 @@ class Ledger(Guests):
             return [_view(row, shards.get(row.id), leases.get(row.id), names)
                     for row in session.execute(select(*Partition.__table__.columns).order_by(Partition.id))]  # fmt: skip
 
+    def lease_ends(self) -> dict[str, int]:
+        """How many leases ended in which way."""
+        with self._database.reading() as session:
+            ended = select(Lease.ended, func.count()).where(Lease.ended.is_not(None)).group_by(Lease.ended)
+            return {str(how): number for how, number in session.execute(ended)}
+
     def count_nodes(self) -> int:
         """How many nodes ever joined."""
         with self._database.reading() as session:

@@ -109,6 +109,7 @@ class Assignment:
     shared_ffn: Blob
     train_tokens: Blob
     heartbeat_seconds: float
+    checkpoint: Blob | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +130,12 @@ class HeartbeatAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenUploadRequest:
-    """A node announces a shard."""
+    """A node announces a shard, or a checkpoint."""
 
     lease_id: str
     sha256: str
     size: int
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from coordinator.activity import SENTENCES, Activity
 from coordinator.assembler import ATTEMPTS, RETRY_SECONDS, Assembler, progress_facts
 from coordinator.blobs import Uploads
 from coordinator.curves import SHARED, Curves
+from coordinator.database import DatabaseUnavailableError
 from coordinator.jobs import RunJob, Stopped
 from coordinator.journal import Journal
 from coordinator.state import State
@@ -62,7 +63,7 @@ class Work:
         try:
             self.prepare()
             while not self.stopping.is_set():
-                pause = self._assembler.step()
+                pause = self._step()
                 if self._assembler.done and not self.ended.is_set():
                     self._uploads.forget_all()
                     self.ended.set()
@@ -77,6 +78,14 @@ class Work:
             self._journal.event("failed", error=type(error).__name__, sentence=str(error))
         finally:
             self.ended.set()
+
+    def _step(self) -> float:
+        """One step of the assembler; a database that cannot be used for a while ends nothing."""
+        try:
+            return self._assembler.step()
+        except DatabaseUnavailableError as error:
+            self._journal.event("database-unavailable", f"{error} Trying again in {RETRY_SECONDS:.0f} s.", error=str(error))
+            return RETRY_SECONDS
 
     def prepare(self) -> None:
         """Run the stages that are not finished, make the model without experts, and open the partitions.

@@ -51,6 +51,17 @@ class LeaseRecord:
     ended: str | None
     fresh: bool = False
     """Whether it was granted just now."""
+    backup: bool = False
+    """Whether another node holds the partition, and is slower than this one will be, as far as anybody can tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """An unfinished expert: `size` in bytes, `step` the next one of its training."""
+
+    sha256: str
+    size: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,21 +30,26 @@ from coordinator.assembler import Assembler
 from coordinator.auth import Credentials
 from coordinator.authority import Authority
 from coordinator.blobs import Uploads, largest_shard
+from coordinator.console import watching
 from coordinator.curves import Curves
 from coordinator.gate import Gate
 from coordinator.handlers import Desk
+from coordinator.invite import create_token, join_line
 from coordinator.jobs import GRACE_SECONDS, JobRunner, RunJob
-from coordinator.journal import Journal, print_line
+from coordinator.journal import Journal, print_line, time_of_day
 from coordinator.phases import Work
 from coordinator.publication import Publication
 from coordinator.push import check_repo, pusher
 from coordinator.quotas import Limits, Quotas
 from coordinator.servicer import SERVICES, register
-from coordinator.snapshot import Snapshots
+from coordinator.snapshot import Json, Snapshots
 from coordinator.state import State
+from forge.checkpoint.handover import largest_checkpoint
 from forge.config import RunConfig
-from forge.errors import ConfigError, StorageError, storage_errors
-from forge.files import Beginning, RunDirectory, write_json
+from forge.errors import ConfigError, NetworkError, StorageError, storage_errors
+from forge.files import RunDirectory, claimed, write_json
+from forge.lan import Announcement, announced, shown
+from forge.live import LogFormat, Output
 from forge.system import peak_resident_bytes
 from forge.vocabulary import CHUNK_BYTES
 
@@ -63,6 +68,8 @@ FAREWELL_SECONDS = 20.0
 ANSWER_SECONDS = 2.0
 #: A node that was seen within so many seconds is still waited for: it may not have found its way back after a restart.
 LATELY_SECONDS = 60.0
+#: How long the invitation is good that is printed at the start.
+INVITED_FOR = "7d"
 #: `--dashboard off`.
 OFF = "off"
 #: Calls that may wait for a worker or be answered at one time; more are told to come back.
@@ -90,7 +97,8 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
-          insecure: int = 0, dashboard: str | None = None) -> int:  # fmt: skip
+          insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None, announce: bool = True,
+          invite: int = 0, log_format: LogFormat = "text") -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -101,6 +109,10 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         exit_when_done: return when every expert is accepted and the model evaluated.
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
         dashboard: `HOST:PORT` of the web page, `off`, or None for the default port, else a free one, of this machine.
+        announce: whether nodes on this network may find it; one that listens on loopback never is announced.
+        invite: how many nodes an invitation lets in that is printed; 0 prints none.
+        log_format: lines of text or of JSON.
+        ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
         The number of the signal that stopped it, or 0.
@@ -108,12 +120,14 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
     Raises:
         NetworkError: the address cannot be listened on.
         RunMismatchError: the directory holds another run.
-        StorageError: the directory cannot be written, or another coordinator works on it.
+        StorageError: the directory cannot be written, or another process works in it.
         ForgeError: what stopped a stage.
     """
+    out = Output(log_format=log_format, stamp=time_of_day)
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard)  # fmt: skip
-    with _signals(coordinator.stop_soon) as received, coordinator:
+                              dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite, echo=out,
+                              watched=out.live or out.json)  # fmt: skip
+    with _signals(coordinator.stop_soon) as received, coordinator, watching(out, coordinator.snapshot, ram_bytes):
         coordinator.wait()
     return received[0] if received else 0
 
@@ -134,17 +148,22 @@ class Coordinator:
         clock: seconds since the epoch.
         database: an SQLAlchemy URL; None is the run directory's SQLite file.
         limits: what one node may have.
+        announce, invite: as for `serve`.
+        watched: whether the snapshots are shown, so that lines of progress are left out.
+        ram_bytes: memory that each job may use, or None.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
                  exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
-                 limits: Limits | None = None) -> None:  # fmt: skip
+                 limits: Limits | None = None, ram_bytes: int | None = None, announce: bool = False,
+                 invite: int = 0, watched: bool = False) -> None:  # fmt: skip
         self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
-        self._dashboard = dashboard
+        self._dashboard, self._ram_bytes, self._announce, self._invite = dashboard, ram_bytes, announce, invite
+        self._watched = watched
         self._stop_asked = threading.Event()
         self._cleanup = ExitStack()
         self.address = ""
@@ -168,10 +187,8 @@ class Coordinator:
             page = self._dashboard_page = self._page()
             if page is not None:
                 undo.callback(page.stop)
-            beginning = Beginning(self._run_dir)
             check_free(host, port)
-            undo.enter_context(_only_one(self._run_dir))
-            undo.enter_context(beginning.undone_on_error())  # While the lock is held, so that nobody else begins.
+            undo.enter_context(claimed(self._run_dir))
             run = RunDirectory.open(self._run_dir, self._config)
             undo.enter_context(_logging(run.root / "coordinator.log"))
             self._assemble_parts(run, undo)
@@ -183,15 +200,19 @@ class Coordinator:
             bound = bind(server, host, port, None if self._insecure else authority.credentials())
             self.address = f"{host}:{bound}"
             self._offer(server)
-            if page is not None:
-                page.start(self._desk.snapshots.take, self._job, str(run.root))
-                undo.callback(page.stop)  # before the database that it reads is closed
+            addresses = invitation_addresses(host, bound)
             write_json(run.root / INFO_FILE, {
-                "address": self.address, "addresses": invitation_addresses(host, bound), "pid": os.getpid(),
+                "address": self.address, "addresses": addresses, "pid": os.getpid(),
                 "encrypted": not self._insecure, **({} if page is None else {"dashboard": page.url})})  # fmt: skip
             undo.callback((run.root / INFO_FILE).unlink, missing_ok=True)
             self._journal.event("started", address=self.address, pid=os.getpid(), run_id=run.run_id)
-            self._greet(run)
+            invitation = self._invitation(run, addresses) if self._invite else ""
+            if page is not None:
+                page.start(self._desk.snapshots.take, self._job, str(run.root), invitation)
+                undo.callback(page.stop)  # before the database that it reads is closed
+            self._greet(run, authority.fingerprint, invitation)
+            if self._announce and not is_loopback(host) and not self._insecure:
+                undo.enter_context(self._found_on_network(addresses, authority.fingerprint))
             for line in () if page is None else page.greeting:
                 self._echo(line)
             self._work.start()
@@ -215,6 +236,10 @@ class Coordinator:
                     raise self._assembler.push_error
                 return
 
+    def snapshot(self) -> Json:
+        """The run now, as the dashboard shows it; only while it is started."""
+        return self._desk.snapshots.take()
+
     def stop_soon(self) -> None:
         """Ask `wait` to return; safe in a signal handler."""
         self._stop_asked.set()
@@ -231,15 +256,15 @@ class Coordinator:
         curves = Curves(run.reports / "curves.json")
         undo.callback(curves.save)
         activity, journal = Activity(), Journal(run.root / "events.jsonl", self._echo)
-        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run))
+        job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run), self._ram_bytes)
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
                               push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
-        uploads = Uploads(run.blobs, largest_shard(config.model))
+        uploads = Uploads(run.blobs, largest_shard(config.model), largest_checkpoint(config))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
-                          journal=journal, echo=self._echo, curves=curves)  # fmt: skip
+                          journal=journal, echo=(lambda _: None) if self._watched else self._echo, curves=curves)  # fmt: skip
         snapshots = Snapshots(config=config, run=run, state=state, activity=activity, curves=curves, clock=self._clock)
         self._desk = Desk(
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
@@ -262,10 +287,29 @@ class Coordinator:
 
         return Dashboard(None if self._dashboard is None else parse_listen(self._dashboard, "--dashboard"))
 
-    def _greet(self, run: RunDirectory) -> None:
-        self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}")
+    @contextmanager
+    def _found_on_network(self, addresses: list[str], fingerprint: bytes) -> Iterator[None]:
+        """Let nodes find this coordinator; a network that does not carry it stops nothing."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(announced(Announcement(name=self._config.name, addresses=addresses, fingerprint=fingerprint)))
+                self._echo("announced on this network: `forge-node join` finds it there (--no-announce ends that)")
+            except NetworkError as error:
+                self._echo(f"{error} Nodes need the invitation's address.")
+            yield
+
+    def _invitation(self, run: RunDirectory, addresses: list[str]) -> str:
+        text, encrypted = create_token(run.root, uses=self._invite, expires=INVITED_FOR, name="printed at the start",
+                                       addresses=addresses)  # fmt: skip
+        return join_line(text, encrypted)
+
+    def _greet(self, run: RunDirectory, fingerprint: bytes, invitation: str) -> None:
+        ca = "" if self._insecure else f", CA {shown(fingerprint)}"
+        self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}{ca}")
         if self._insecure:
             self._echo("WARNING: nothing is encrypted (--insecure): whoever is on the line can read and change everything")
+        if invitation:
+            self._echo(f"to send to a friend (a secret; good {self._invite} times in {INVITED_FOR}):  {invitation}")
         self._echo(f"to invite a machine:  forge-coordinator token create --run-dir {shlex.quote(str(run.root))}")
 
     def _see_off(self) -> None:
@@ -288,28 +332,6 @@ class Coordinator:
             _memory_notes(self._run)("coordinator", {}, {"peak_bytes": peak_resident_bytes()})
         self._journal.event("stopped", "the coordinator is stopped; the same command goes on from here"
                             if self._stop_asked.is_set() else "")  # fmt: skip
-
-
-@contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock, which the system lets go of however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the port is the only lock.
-        yield
-        return
-    with storage_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / "coordinator.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(f"Another coordinator works in {run_dir}: stop it first, or choose another run "
-                               "directory.") from error  # fmt: skip
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

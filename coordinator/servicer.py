@@ -118,7 +118,8 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
         """Say where an upload goes on."""
         with self._answering(context, request):
             opened = handlers.open_upload(
-                OpenUploadRequest(lease_id=request.lease_id, sha256=request.sha256, size=request.size),
+                OpenUploadRequest(lease_id=request.lease_id, sha256=request.sha256, size=request.size,
+                                  checkpoint=request.checkpoint),
                 self._node(context), self._desk)  # fmt: skip
             receipt = None if opened.receipt is None else _receipt(opened.receipt)
             return pb.OpenUploadResponse(offset=opened.offset, receipt=receipt)
@@ -145,7 +146,7 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
     def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
         """Take a lease back."""
         with self._answering(context, request):
-            handlers.release(request.lease_id, self._node(context), self._desk)
+            handlers.release(request.lease_id, self._node(context), self._desk, request.checkpoint_sha256)
             return pb.ReleaseResponse()
 
 
@@ -206,7 +207,8 @@ def _summary(run: RunSummary) -> pb.RunSummary:
 def _assignment(work: Assignment) -> pb.Assignment:
     return pb.Assignment(lease_id=work.lease_id, heartbeat_seconds=work.heartbeat_seconds, expert=pb.ExpertWork(
         partition=work.partition, partition_tokens=work.partition_tokens, shared=_blob(work.shared),
-        shared_ffn=_blob(work.shared_ffn), train_tokens=_blob(work.train_tokens)))  # fmt: skip
+        shared_ffn=_blob(work.shared_ffn), train_tokens=_blob(work.train_tokens),
+        checkpoint=None if work.checkpoint is None else _blob(work.checkpoint)))  # fmt: skip
 
 
 def _blob(blob: Blob) -> pb.Blob:

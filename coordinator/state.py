@@ -4,16 +4,19 @@ States: `open`, `leased`, `uploaded` (a shard waits for its verdict), `accepted`
 asking twice gives the same answer.
 
     G  grant    open     -> leased     to a node without an active lease; a node with one gets that one again, renewed
+    B  back up  leased   -> leased     nothing is open, and the holder will take longer than a node that begins now: the node
+                                       gets a second lease on the partition, and the first sound shard counts
     H  renew    leased   -> leased     a heartbeat moves the expiry
     V  revive   open     -> leased     a heartbeat of an expired lease whose partition nobody took
     E  expire   leased   -> open       no heartbeat until the expiry; applied before every rule that looks at leases
-    R  release  leased   -> open       the node gives the lease back
+                leased   -> leased     the same, while a backup lease is active: it takes the other's place
+    R  release  as E                   the node gives the lease back, and may leave a checkpoint (see coordinator/handovers.py)
     C  commit   leased   -> uploaded   a complete, signed shard of the node that holds or held a lease
                 open     -> uploaded   the same, late: the lease had expired or was released
     A  accept   uploaded -> accepted   the shard was judged good; other leases on the partition end (superseded)
     J  reject   uploaded -> open       the shard was judged bad, with reasons
                 uploaded -> leased     the same, while another node holds an active lease on the partition
-    X  revoke   leased   -> open       the node was revoked
+    X  revoke   as E                   the node was revoked
                 uploaded -> open       the same, while its shard waits (leased, while another node holds a lease)
     D  drop     accepted -> open       the node was revoked and its accepted shards are not wanted any more
 
@@ -21,14 +24,16 @@ A late shard (C from a lease that another node has meanwhile) is welcome unless 
 accepted; the other lease stays active until A. A shard handed in while another one is pending is answered `pending`
 without a transition, so that its node asks again and learns what became of the other one. A node whose shards of one
 partition were judged bad `MAX_REJECTIONS` times is not given that partition again. Unique constraints
-(coordinator/tables.py) hold the database to it: one active lease a node, one a partition, one pending or accepted shard
-a partition.
+(coordinator/tables.py) hold the database to it: one active lease a node, one a partition besides its backup, one pending or
+accepted shard a partition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import math
 from pathlib import Path
+from statistics import median
 import time
 from typing import Any, Literal
 import uuid
@@ -36,14 +41,20 @@ import uuid
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from coordinator.ledger import Ledger
-from coordinator.records import Counts, LeaseRecord, Receipt, Verdict
+from coordinator import handovers
+from coordinator.handovers import Handovers
+from coordinator.records import TRAINING, CheckpointRecord, Counts, LeaseRecord, Receipt, Verdict
 from coordinator.tables import Evaluation, Lease, Partition, Revocation, Shard
 from forge.errors import ProtocolError
 
 #: Rejections of one node's shards of one partition after which another node must train it: training is deterministic,
 #: so a third copy of the same shard would tell nothing new.
 MAX_REJECTIONS = 3
+
+#: Heartbeats in the life of a lease: three may be lost.
+BEATS = 4
+#: So many times what an expert took is too long, whatever its node says of its progress.
+OVERDUE = 3.0
 
 ELSEWHERE = "another node's shard of this partition was accepted first"
 SENT_AWAY = "its node was revoked"
@@ -52,7 +63,7 @@ IN_FRONT = "another shard of this partition is being validated first"
 Order = Literal["continue", "finish", "abandon"]
 
 
-class State(Ledger):
+class State(Handovers):
     """The coordinator's memory. Every method is one transaction and may be called from any thread.
 
     Args:
@@ -69,6 +80,7 @@ class State(Ledger):
         self._lease_seconds = lease_seconds
         #: Set to hand out no more leases and to ask nodes to stop at their next checkpoint.
         self.draining = False
+        self._nobody_behind_until = 0.0
 
     # --- partitions and leases --------------------------------------------------------------------------------------
 
@@ -87,7 +99,7 @@ class State(Ledger):
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def grant(self, node_id: str, preferred: Sequence[int] = ()) -> LeaseRecord | None:
-        """Rule G. None when nothing is open for this node.
+        """Rules G and B. None when nothing is open for this node and nothing needs a backup.
 
         Preferred partitions come first, then those that this node has had no shard rejected of, then by number.
         """
@@ -100,12 +112,17 @@ class State(Ledger):
                 if self.draining:
                     return None
                 partition = self._choose(session, node_id, preferred)
-                if partition is None:
-                    return None
-                partition.state = "leased"
-                lease = Lease(id=uuid.uuid4().hex, partition=partition.id, node_id=node_id, granted_at=now, ended=None,
-                              active_node=node_id, active_partition=partition.id, progress={})  # fmt: skip
+                if partition is not None:
+                    partition.state, chosen = "leased", partition.id
+                else:
+                    chosen = self._straggler(session, node_id, now)  # type: ignore[assignment]
+                    if chosen is None:
+                        return None
+                lease = Lease(id=uuid.uuid4().hex, partition=chosen, node_id=node_id, granted_at=now, ended=None, progress={},
+                              active_node=node_id, active_partition=chosen if partition is not None else None)  # fmt: skip
+                lease.expires_at = now + self._lease_seconds
                 session.add(lease)
+                handovers.inherit(session, lease)
             lease.expires_at = now + self._lease_seconds
             return _lease(lease, fresh=fresh)
 
@@ -136,12 +153,14 @@ class State(Ledger):
             lease.progress = progress
             return ("finish", "the coordinator is draining") if self.draining else ("continue", "")
 
-    def release(self, lease_id: str, node_id: str) -> None:
-        """Rule R."""
+    def release(self, lease_id: str, node_id: str, checkpoint: CheckpointRecord | None = None) -> bool:
+        """Rule R; whether the next holder goes on from the checkpoint."""
         with self._database.transaction() as session:
             lease = session.get(Lease, lease_id)
-            if lease is not None and lease.node_id == node_id and lease.ended is None:
-                _end(session, lease, "released")
+            if lease is None or lease.node_id != node_id or lease.ended is not None:
+                return False
+            _end(session, lease, "released")
+            return checkpoint is not None and handovers.leave(session, lease, checkpoint)
 
     def extend_leases(self) -> None:
         """Renew every active lease: for the time in which no coordinator was there to hear heartbeats."""
@@ -197,10 +216,10 @@ class State(Ledger):
                 return shard.verdict == "accepted"
             shard.verdict, shard.judged, shard.decided_at = "accepted", True, self._clock()
             shard.loss, shard.shared_loss = loss, shared_loss
-            others = select(Lease).where(Lease.active_partition == shard.partition)
-            for lease in session.scalars(others).all():
-                _end(session, lease, "superseded")
             _partition(session, shard.partition).state = "accepted"
+            handovers.end(session, shard.partition)
+            for lease in session.scalars(_active(shard.partition)).all():
+                _end(session, lease, "superseded")
             return True
 
     def reject(self, shard_id: int, reasons: Sequence[str], *, judged: bool = True) -> None:
@@ -262,7 +281,8 @@ class State(Ledger):
         partition.last_rejection = list(reasons)
         active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
         partition.state = "open" if active is None else "leased"
-        _end(session, session.get_one(Lease, shard.lease_id), "rejected" if judged else "undecided")
+        how = "undecided" if not judged else "misled" if handovers.spoil(session, shard.lease_id) else "rejected"
+        _end(session, session.get_one(Lease, shard.lease_id), how)
 
     def _revive(self, session: Session, lease: Lease) -> None:
         """Rule V, where it applies."""
@@ -273,19 +293,48 @@ class State(Ledger):
             lease.active_node, lease.active_partition = lease.node_id, lease.partition
 
     def _choose(self, session: Session, node_id: str, preferred: Sequence[int]) -> Partition | None:
-        rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
-        rejections = {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
+        rejections = self._rejections(session, node_id)
         free = session.scalars(select(Partition.id).where(Partition.state == "open"))
         allowed = [partition for partition in free if rejections.get(partition, 0) < MAX_REJECTIONS]
         chosen = min(allowed, default=None, key=lambda partition: (
             partition not in preferred, rejections.get(partition, 0), partition))  # fmt: skip
         return None if chosen is None else _partition(session, chosen)
 
+    def _straggler(self, session: Session, node_id: str, now: float) -> int | None:
+        """The partition, if any, that this node would probably finish before its holder does, and the latest of them.
+
+        A holder is behind when the rest takes it longer, at the pace that its heartbeats tell, than an accepted shard took
+        in the median; or when it has had the lease for `OVERDUE` times as long.
+        """
+        if now < self._nobody_behind_until:  # Every node that waits asks, and heartbeats come once in that time.
+            return None
+        took = select(Shard.received_at - Lease.granted_at).join(Lease, Lease.id == Shard.lease_id)
+        times = session.scalars(took.where(Shard.verdict == "accepted")).all()
+        usual = median(times) if times else math.inf
+        rows = session.execute(select(Lease.partition, Lease.active_partition, Lease.granted_at, Lease.progress)
+                               .join(Partition, Partition.id == Lease.partition)
+                               .where(Lease.ended.is_(None), Partition.state == "leased")).all()  # fmt: skip
+        backed_up = {row.partition for row in rows if row.active_partition is None}
+        late = {row.partition: _remaining(row.progress, now - row.granted_at, usual) for row in rows}
+        behind = sorted((partition for partition in late.keys() - backed_up if late[partition] > usual),
+                        key=lambda partition: (-late[partition], partition))  # fmt: skip
+        if not behind:
+            self._nobody_behind_until = now + self._lease_seconds / BEATS
+            return None
+        rejections = self._rejections(session, node_id)
+        return next((partition for partition in behind if rejections.get(partition, 0) < MAX_REJECTIONS), None)
+
+    def _rejections(self, session: Session, node_id: str) -> dict[int, int]:
+        """How many shards of which partitions this node has had rejected."""
+        rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
+        return {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
+
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
             # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
-            _end(session, lease, "rejected" if shard.verdict == "rejected" else "committed")
+            how = "committed" if shard.verdict != "rejected" else "misled" if handovers.spoil(session, lease.id) else "rejected"
+            _end(session, lease, how)
             return _receipt(shard)
         if _partition(session, lease.partition).state == "accepted":
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
@@ -303,17 +352,37 @@ def _end(session: Session, lease: Lease, how: str) -> None:
     """End a lease; its partition is open again if the lease was what held it. Ended leases keep their first end,
     except that what happened to the shard is the stronger word.
     """
-    if lease.active_partition is not None:
-        partition = _partition(session, lease.partition)
-        if partition.state == "leased":
-            partition.state = "open"
-    elif how not in ("committed", "rejected", "undecided"):
+    active, first = lease.ended is None, lease.active_partition is not None
+    if not active and how not in ("committed", "rejected", "misled", "undecided"):
         return
     lease.ended, lease.active_node, lease.active_partition = how, None, None
+    if not first:
+        return
+    session.flush()  # Its place is free before another one takes it.
+    partition, backup = _partition(session, lease.partition), session.scalars(_active(lease.partition)).first()
+    if backup is not None and partition.state != "accepted":
+        backup.active_partition = lease.partition
+    elif partition.state == "leased":
+        partition.state = "open"
+
+
+def _active(partition: int) -> Any:
+    """The leases on a partition that have not ended: one, and perhaps its backup."""
+    return select(Lease).where(Lease.partition == partition, Lease.ended.is_(None))
+
+
+def _remaining(progress: dict[str, Any], elapsed: float, usual: float) -> float:
+    """Seconds until a node is done at the pace that it reports; for ever when it has had far too long."""
+    step, steps = progress.get("step", 0), progress.get("steps", 0)
+    if elapsed > OVERDUE * usual:
+        return math.inf
+    if progress.get("activity") not in (TRAINING, "paused") or not 0 < step <= steps:
+        return elapsed  # It has not begun, as far as anybody knows.
+    return float(elapsed * (steps - step) / step)
 
 
 def _why_ended(session: Session, lease: Lease) -> str:
-    if lease.ended in ("rejected", "undecided"):
+    if lease.ended in ("rejected", "misled", "undecided"):
         return "its shard was rejected: " + "; ".join(_partition(session, lease.partition).last_rejection)
     if lease.ended == "committed":
         return "its shard has its verdict"
@@ -335,7 +404,7 @@ def _shard(session: Session, partition: int, sha256: str) -> Shard | None:
 
 def _lease(lease: Lease, *, fresh: bool = False) -> LeaseRecord:
     return LeaseRecord(id=lease.id, partition=lease.partition, node_id=lease.node_id, expires_at=lease.expires_at,
-                       ended=lease.ended, fresh=fresh)  # fmt: skip
+                       ended=lease.ended, fresh=fresh, backup=lease.ended is None and lease.active_partition is None)  # fmt: skip
 
 
 def _receipt(shard: Shard) -> Receipt:

@@ -91,7 +91,8 @@ class Partition(Base):
 
 class Lease(Base):
     """A node's claim on a partition. While it is active, `active_node` and `active_partition` repeat its node and
-    partition: their unique constraints are what allows one active lease a node and one a partition.
+    partition: their unique constraints are what allows one active lease a node and one a partition. A backup lease has no
+    `active_partition`, until the lease that it backs up has ended.
     """
 
     __tablename__ = "leases"
@@ -102,10 +103,36 @@ class Lease(Base):
     granted_at: Mapped[float]
     expires_at: Mapped[float]
     ended: Mapped[str | None] = mapped_column(String(16))
-    """None while active, else expired, released, committed, rejected, undecided, superseded or revoked."""
+    """None while active, else expired, released, committed, rejected, misled (by the checkpoint
+    that it went on from), undecided, superseded or revoked."""
     active_node: Mapped[str | None] = mapped_column(String(16), unique=True)
     active_partition: Mapped[int | None] = mapped_column(unique=True)
     progress: Mapped[dict[str, Any]]
+
+
+class Handover(Base):
+    """A checkpoint that a node left for the next one. `slot` is its partition for as long as it is the one to go on from."""
+
+    __tablename__ = "handovers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    slot: Mapped[int | None] = mapped_column(ForeignKey("partitions.id"), unique=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int]
+    step: Mapped[int]
+    lease_id: Mapped[str] = mapped_column(ForeignKey("leases.id"))
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), index=True)
+    spoiled: Mapped[bool]
+    """Whether a shard that was made from it was judged bad: its node leaves no other one."""
+
+
+class Inheritance(Base):
+    """From which checkpoint a lease went on."""
+
+    __tablename__ = "inheritances"
+
+    lease_id: Mapped[str] = mapped_column(ForeignKey("leases.id"), primary_key=True)
+    handover: Mapped[int] = mapped_column(ForeignKey("handovers.id"))
 
 
 class Shard(Base):

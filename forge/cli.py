@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 import json
 from pathlib import Path
 import re
@@ -11,18 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge.data.cli import data
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
 from forge.terminal import Printer, print_evaluation
 from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
     from forge.config import RunConfig
+    from forge.live import LogFormat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="modularforge")
 def main() -> None:
     """Train a mixture of experts from scratch, one expert in memory at a time."""
+
+
+main.add_command(data)
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,7 +38,8 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
         click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
         click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
-        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True),
+        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
+                     help="Where experts train."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -85,16 +92,21 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
 
 @main.command()
 @_run_options
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
-        device: str) -> None:  # fmt: skip
+        device: str, log_format: LogFormat) -> None:  # fmt: skip
     """Do everything on this machine: prepare, train, assemble, evaluate."""
     from forge import pipeline
 
-    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
-    pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device, on_event=Printer())
-    print_evaluation(root)
-    click.echo(f"model: {root / 'model'}")
+    with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
+        with Printer(log_format, ram_bytes=None if ram is None else ram_bytes) as printer:
+            pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+                             on_event=printer)  # fmt: skip
+        if log_format == "json":
+            return printer.out.record("done", model=str(root / "model"))
+        print_evaluation(root)
+        click.echo(f"model: {root / 'model'}")
 
 
 @main.command()
@@ -105,11 +117,12 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
     """Read the corpus, train the tokenizer and write the token files."""
     from forge import pipeline
 
-    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
-    pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
-                         on_event=Printer())  # fmt: skip
-    facts = json.loads((root / "stages" / "prepare.json").read_text())
-    click.echo(f"prepared {facts['documents']:,} documents, {facts['tokens']:,} tokens in {root}")
+    with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
+        with Printer() as printer:
+            pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
+                                 on_event=printer)  # fmt: skip
+        facts = json.loads((root / "stages" / "prepare.json").read_text())
+        click.echo(f"prepared {facts['documents']:,} documents, {facts['tokens']:,} tokens in {root}")
 
 
 @main.command()
@@ -123,19 +136,19 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
     from forge.checkpoint.assembly import arrived, start
     from forge.vocabulary import STAGES
 
-    resolved, root, ram_bytes = _resolve(config, overrides, run_dir, ram)
-    if partition is not None and partition >= resolved.model.n_experts:
-        raise click.BadParameter(f"the run has partitions 0 to {resolved.model.n_experts - 1}", param_hint="--partition")
-    printer = Printer()
-    opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
-                                  on_event=printer)  # fmt: skip
-    start(opened)
-    wanted = range(resolved.model.n_experts) if partition is None else [partition]
-    for index in wanted:
-        if index not in arrived(opened.model):
-            pipeline.train_and_accept(opened, index, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
-                                      on_event=printer)  # fmt: skip
-    click.echo(f"{len(arrived(opened.model))} of {resolved.model.n_experts} experts are in {root / 'model'}")
+    with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
+        if partition is not None and partition >= resolved.model.n_experts:
+            raise click.BadParameter(f"the run has partitions 0 to {resolved.model.n_experts - 1}", param_hint="--partition")
+        with Printer() as printer:
+            opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
+                                          on_event=printer)  # fmt: skip
+            start(opened)
+            wanted = range(resolved.model.n_experts) if partition is None else [partition]
+            for index in wanted:
+                if index not in arrived(opened.model):
+                    pipeline.train_and_accept(opened, index, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
+                                              on_event=printer)  # fmt: skip
+        click.echo(f"{len(arrived(opened.model))} of {resolved.model.n_experts} experts are in {root / 'model'}")
 
 
 @main.command()
@@ -144,13 +157,14 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
 def assemble(run_dir: Path) -> None:
     """Bring the assembled model of a run directory up to date with the shards it holds."""
     from forge.checkpoint.assembly import arrived, start
-    from forge.files import RunDirectory
+    from forge.files import RunDirectory, claimed
 
     opened = RunDirectory(run_dir)
     n_experts = opened.config.model.n_experts
     if opened.marker("publish") is None:
         raise StorageError(f"The run in {run_dir} has no frozen shared components yet: run `forge train` on it first.")
-    start(opened)
+    with claimed(run_dir):
+        start(opened)
     click.echo(f"{len(arrived(opened.model))} of {n_experts} experts are in {opened.model}; the others are the shared FFN")
 
 
@@ -192,11 +206,13 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
             from forge.checkpoint.assembly import credited
             from forge.evaluate.table import contribution_lines
 
-            rows = pipeline.call("contributions", {"run_dir": str(target)}, Printer())["contributions"]
+            with Printer() as printer:
+                rows = pipeline.call("contributions", {"run_dir": str(target)}, printer)["contributions"]
             click.echo(json.dumps(rows, indent=2) if as_json else
                        "\n".join(contribution_lines(rows, credited(target / "model"))))  # fmt: skip
             return
-        row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, Printer())
+        with Printer() as printer:
+            row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, printer)
         if as_json:
             click.echo(json.dumps(row, indent=2))
         else:
@@ -329,9 +345,12 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
     click.echo(push_model(model_dir, repo, message="Push the assembled model", card=card, private=private))
 
 
-def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
-             ram: str | None) -> tuple[RunConfig, Path, int]:  # fmt: skip
+@contextmanager
+def _begun(config: str, overrides: tuple[str, ...], run_dir: Path | None,
+           ram: str | None) -> Iterator[tuple[RunConfig, Path, int]]:  # fmt: skip
+    """The config, run directory and bytes of memory of a command that works in the directory, alone while this lasts."""
     from forge.config import load_config
+    from forge.files import claimed
     from forge.jobs import enforcement
     from forge.pipeline import check_budget
     from forge.train.memory import parse_size
@@ -341,7 +360,9 @@ def _resolve(config: str, overrides: tuple[str, ...], run_dir: Path | None,
     check_budget(resolved, ram_bytes)
     if ram is not None:
         click.echo(enforcement(ram_bytes))
-    return resolved, run_dir or Path("runs") / resolved.name, ram_bytes
+    root = run_dir or Path("runs") / resolved.name
+    with claimed(root):
+        yield resolved, root, ram_bytes
 
 
 def _model_of(path: Path) -> Path:

@@ -48,8 +48,8 @@ class DataConfig(Section):
     """Where the text comes from and how documents are split."""
 
     source: str = "wikitext-103"
-    """`python-stdlib`, `wikitext-103`, `hf:name[:config][:split][:column]`, or a path or glob of .txt, .jsonl, .parquet
-    files (each also .gz)."""
+    """`python-stdlib`, `wikitext-103`, `hf:name[:config][:split][:column]`, or a directory, path or glob of .txt, .jsonl,
+    .parquet files (each also .gz or .zst)."""
     text_field: str = "text"
     """Column of .jsonl and .parquet files that holds the text."""
     label_field: str | None = None

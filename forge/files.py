@@ -7,7 +7,7 @@ marker, an index) is written after it in the same way. Nothing here imports torc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import hashlib
 import json
 import os
@@ -19,6 +19,7 @@ import uuid
 from forge.config import RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.plain_yaml import read_yaml
+from forge.system import lock
 from forge.vocabulary import CHUNK_BYTES
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -220,7 +221,8 @@ class RunDirectory:
             for directory in (run.blobs.directory, run.data, run.work, run.reports, root / "stages"):
                 directory.mkdir(parents=True, exist_ok=True)
                 remove_temporaries(directory)
-            remove_temporaries(root)
+            for directory in (root, root / "provenance"):
+                remove_temporaries(directory)
         if not (root / "run.json").is_file():
             write_json(root / "run.json", {"run_id": uuid.uuid4().hex})
         write_bytes(resolved, config.to_yaml().encode())
@@ -252,43 +254,60 @@ class RunDirectory:
         return facts
 
 
-class Beginning:
-    """A run that cannot begin, because its corpus is unusable or the disk is full, leaves nothing behind.
+@contextmanager
+def exclusive(path: Path, sentence: str) -> Iterator[None]:
+    """Hold the lock file at `path`, made where it is missing, for this process alone; it ends with the process.
 
-    Otherwise the half-made run would refuse the mended command, as a run with another config. What was in the directory
-    before (invitations, say, or somebody's notes) stays, and so does every run whose corpus is prepared.
-
-    Args:
-        root: the run directory, not opened yet.
+    Raises:
+        StorageError: another process holds it (`sentence` says so), or the directory cannot be written.
     """
+    with storage_errors(path.parent):
+        if not path.parent.exists():  # A file in its place is not a directory: opening says so.
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115 - closed below, whatever the block raises
+    with file:
+        if not lock(file.fileno()):
+            raise StorageError(sentence)
+        yield
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.absolute()
-        self._missing = [path for path in (self._root, *self._root.parents) if not path.exists()]
-        self._before = {path.name for path in self._root.iterdir()} if self._root.is_dir() else set()
 
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Remove what was made when the block raises a user's error."""
+@contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """Hold a run directory for this process alone; a run that cannot begin leaves nothing behind.
+
+    Cannot begin: its corpus is unusable, say, or the disk is full. Otherwise the half-made run would refuse the mended
+    command, as a run with another config. What was in the directory before (invitations, or somebody's notes) stays, and
+    so does every run whose corpus is prepared.
+
+    Raises:
+        StorageError: another process works in the directory, or it cannot be written.
+    """
+    root = root.absolute()
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    before = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    with exclusive(root / "run.lock", f"Another forge or forge-coordinator works in {root}: wait for it or stop it, or "
+                                      "choose another run directory."):  # fmt: skip
         try:
             yield
-        except ForgeError as error:
+        except BaseException as error:
             # The plain class is about a process that died: the logs say more about it than the error does.
-            fresh = "run.yaml" not in self._before and RunDirectory(self._root).marker("prepare") is None
-            if fresh and type(error) is not ForgeError:
-                self._undo()
+            users = isinstance(error, ForgeError) and type(error) is not ForgeError
+            begun = "run.yaml" in before or RunDirectory(root).marker("prepare") is not None
+            if not begun and (users or not (root / "run.yaml").exists()):
+                _undo(root, before, missing)
             raise
 
-    def _undo(self) -> None:
-        made = [path for path in self._root.iterdir() if path.name not in self._before] if self._root.is_dir() else ()
-        for path in made:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+
+def _undo(root: Path, before: set[str], missing: list[Path]) -> None:
+    for path in [path for path in root.iterdir() if path.name not in before]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(PermissionError):  # Windows keeps the lock file while it is held.
                 path.unlink(missing_ok=True)
-        for directory in self._missing:
-            if directory.is_dir():
-                directory.rmdir()
+    for directory in missing:
+        with suppress(OSError):  # Somebody else put something into it.
+            directory.rmdir()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,7 +7,7 @@ its nodes. Only the functions that run inside a child process import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.provenance import keep, origin
 from forge.config import RunConfig
 from forge.errors import ForgeError, ShardError
-from forge.files import Beginning, RunDirectory, hash_file, read_json, write_json
+from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes
 from forge.train.memory import STAGES as MEMORY_STAGES
-from forge.train.memory import plan, process_bytes
+from forge.train.memory import Stage, plan, process_bytes
 from forge.vocabulary import STAGES
 
 Progress = Callable[..., None]
@@ -207,14 +207,13 @@ def _evaluate(run: RunDirectory, final: bool, on_event: OnEvent, threads: int | 
 def prepare_run(root: Path, config: RunConfig, stages: tuple[str, ...], *, ram_bytes: int, threads: int | None,
                 on_event: OnEvent) -> RunDirectory:  # fmt: skip
     """Open a run directory and take it through `stages`, skipping those that are finished."""
-    with Beginning(root).undone_on_error():
-        run = RunDirectory.open(root, config)
-        for stage in stages:
-            if run.marker(stage) is None:
-                on_event({"event": "stage", "stage": stage})
-                facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads,
-                             ram_bytes)  # fmt: skip
-                note_memory(run, stage, facts)
+    run = RunDirectory.open(root, config)
+    for stage in stages:
+        if run.marker(stage) is None:
+            on_event({"event": "stage", "stage": stage})
+            facts = call("stage", {"run_dir": str(root), "stage": stage, "ram_bytes": ram_bytes}, on_event, threads,
+                         ram_bytes)  # fmt: skip
+            note_memory(run, stage, facts)
     return run
 
 
@@ -276,11 +275,11 @@ def note_memory(run: RunDirectory, process: str, facts: dict[str, Any]) -> None:
     write_json(path, rows)
 
 
-def check_budget(config: RunConfig, ram_bytes: int) -> None:
+def check_budget(config: RunConfig, ram_bytes: int, stages: Iterable[Stage] = MEMORY_STAGES) -> None:
     """Refuse a budget that cannot hold every stage, before anything is read or downloaded.
 
     Raises:
         MemoryBudgetError: names the `--ram` that would do.
     """
-    for stage in MEMORY_STAGES:
+    for stage in stages:
         plan(config, stage, ram_bytes)

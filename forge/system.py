@@ -48,6 +48,25 @@ def cpu_products() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "float32"
 
 
+def lock(descriptor: int) -> bool:
+    """Take the system's lock on an open file, held until it is closed or the process ends; False when another has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def resident_bytes() -> int:
     """Resident set of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)

@@ -1,53 +1,89 @@
-"""What the commands print about a run: progress as lines, and the evaluation at its end."""
+"""What the commands print about a run: its progress, and the evaluation at its end."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
+from forge.live import LogFormat, Output, Pace, View, duration
+
 
 class Printer:
-    """Progress of jobs as plain lines: one a stage, then one every few seconds."""
+    """Progress of jobs: a live view on a terminal, else one line a stage and then one every few seconds, or JSON lines.
+
+    As a context manager it takes the view away at the end, however that comes.
+
+    Args:
+        log_format: lines of text or of JSON.
+        stream: where to print; standard output when None.
+        live: whether `stream` is a terminal that can redraw; found out when None.
+        ram_bytes: the limit to show beside the memory; None shows none.
+    """
 
     #: Seconds between two lines of one stage.
     INTERVAL = 3.0
 
-    def __init__(self) -> None:
-        self._last = 0.0
+    def __init__(self, log_format: LogFormat = "text", stream: TextIO | None = None, live: bool | None = None,
+                 ram_bytes: int | None = None) -> None:  # fmt: skip
+        self.out = Output(stream, live=live, log_format=log_format)
+        self._pace = Pace(time.monotonic)
+        self._last, self._ram_bytes = 0.0, ram_bytes
+
+    def __enter__(self) -> Printer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.out.calm()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Print one event, or leave it out when the last line is young."""
+        """Show one event, or leave it out when the last line is young."""
         if event["event"] == "stage":
             self._last = 0.0
-            click.echo(f"== {event['stage']}")
+            self.out.line(f"== {event['stage']}", "stage")
+            self.out.show(View(title=str(event["stage"])))
             return
         if not event["steps"] and not event.get("message"):
             return
-        if time.monotonic() - self._last < self.INTERVAL and event["step"] != event["steps"]:
+        left = self._pace.left(str(event["stage"]), event["step"], event["steps"])
+        done = event["step"] / event["steps"] if event["steps"] else 0.0
+        why = "" if left is None else f"{duration(left)} left: {event['steps'] - event['step']:,} steps to go at this pace"
+        self.out.show(View(title=str(event["stage"]), done=done, facts=tuple(_facts(event, self._ram_bytes)), left=why))
+        if self.out.live or (time.monotonic() - self._last < self.INTERVAL and event["step"] != event["steps"]):
             return
         self._last = time.monotonic()
-        click.echo(progress_line(event))
+        if self.out.json:
+            self.out.record("progress", **{key: value for key, value in event.items() if key != "event"},
+                            remaining_seconds=left)  # fmt: skip
+        else:
+            self.out.line(progress_line(event))
 
 
 def progress_line(event: dict[str, Any]) -> str:
     """One progress event for people: stage, steps, loss, speed, memory and the time left."""
-    from forge.train.memory import format_size
-
     if not event["steps"]:
         return f"  {event['message']}"
-    parts = [f"{event['stage']}: {event['step']:,} of {event['steps']:,}"]
+    first, *rest = _facts(event)
+    return "  " + ", ".join([f"{event['stage']}: {first}", *rest])
+
+
+def _facts(event: dict[str, Any], ram_bytes: int | None = None) -> list[str]:
+    from forge.train.memory import format_size
+
+    parts = [f"{event['step']:,} of {event['steps']:,}"] if event["steps"] else []
     if event.get("message"):
         parts.append(str(event["message"]))
     if event.get("loss") is not None:
         parts.append(f"loss {event['loss']:.3f}")
     if event.get("tokens_per_second"):
         parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"memory {format_size(event['resident_bytes'])}")
-    return "  " + ", ".join(parts)
+    if event["resident_bytes"]:
+        limit = "" if ram_bytes is None else f" of {format_size(ram_bytes)} allowed"
+        parts.append(f"memory {format_size(event['resident_bytes'])}{limit}")
+    return parts
 
 
 def print_evaluation(root: Path) -> None:

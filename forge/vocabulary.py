@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 #: Version of the wire contract; a node and a coordinator must agree on it.
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 #: Version of the shard format, written into every shard's metadata.
 SHARD_FORMAT_VERSION: Final = "1"
 #: Default address of a coordinator.

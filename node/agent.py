@@ -16,18 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from forge.config import RunConfig, parse_config
-from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError
+from forge.errors import (
+    INTERRUPTED,
+    ForgeError,
+    ProtocolError,
+    RunMismatchError,
+    ShardError,
+    TrainingError,
+)
 from forge.files import hash_file, read_json
 from forge.jobs import enforcement
 from forge.system import peak_resident_bytes
 from forge.train.memory import LIGHT_MB, MB, Plan, candidates, format_size, plan
 from forge.vocabulary import SHARD_FORMAT_VERSION
-from node.cache import Cache, Submission, exclusive
+from node.cache import CHECKPOINT_FILE, Cache, Submission, claimed
 from node.client import FleetClient
 from node.console import Console
 from node.control import listening
 from node.disk import check_disk
 from node.guest import Guest
+from node.handover import hand_over, inherit
 from node.heartbeat import Heartbeats
 from node.identity import Identity
 from node.machine import MachineProfile
@@ -83,7 +91,7 @@ class Agent:
         Raises:
             ForgeError: something the owner has to know; the lease was given back, checkpoints are kept.
         """
-        with exclusive(self._data_dir), listening(self._data_dir, self._guest, self.facts):
+        with claimed(self._data_dir), listening(self._data_dir, self._guest, self.facts):
             try:
                 self._loop()
                 return 0
@@ -185,7 +193,8 @@ class Agent:
         with Heartbeats(self._client, assignment.lease_id, assignment.heartbeat_seconds, self._console.wait) as beats:
             try:
                 arguments, work_dir = self._download(assignment, beats)
-                if (work_dir / "checkpoint.safetensors").is_file():
+                inherit(assignment, self._cache, self._client, self._config, self._console.line)
+                if (work_dir / CHECKPOINT_FILE).is_file():
                     self._console.line(f"Going on with {title} from its checkpoint.")
                 trained = self._train(arguments, work_dir, beats)
                 if trained.peak_bytes:
@@ -195,6 +204,11 @@ class Agent:
             except LeaseLostError as error:
                 self._lease = None
                 self._console.line(f"The lease of {title} is lost ({error}); its checkpoint is kept.")
+                return
+            if trained.shard is None and self._guest.hurrying and hand_over(
+                    assignment, self._cache, self._client, self._console.line,
+                    lambda held, size: self._show("uploading", assignment.partition, held, size, beats)):  # fmt: skip
+                self._lease = None
                 return
             if trained.shard is None:
                 self._console.line(f"Stopped {title} at a checkpoint and gave the lease back.")
@@ -209,7 +223,14 @@ class Agent:
         """Train until the expert is finished or the lease ends, however often the owner wants the machine meanwhile."""
         trained = Trained(order=Order.FINISH)
         while self._stand_by(beats):
-            trained = self._worker.train(arguments, work_dir, beats, self._predicted)
+            try:
+                trained = self._worker.train(arguments, work_dir, beats, self._predicted)
+            except TrainingError as error:
+                if not self._cache.inherited(arguments["partition"]):
+                    raise
+                self._console.line(f"What another node left is of no use ({_clause(error)}): training begins anew.")
+                self._cache.disown(arguments["partition"])
+                continue
             # A plan that outgrew its memory once is not tried again with the next lease.
             self._predicted = min(self._predicted, trained.predicted_bytes)
             if not trained.held:
@@ -222,6 +243,8 @@ class Agent:
         Without a lease (no `beats`), an owner who asks to leave is waited for no longer either.
         """
         held = False
+        if beats is not None and self._guest.hurrying:
+            return False
         while (hold := self._guest.hold()) is not None and not (beats is None and self._guest.leaving):
             if beats is not None:
                 beats.stand_still()
@@ -229,7 +252,7 @@ class Agent:
             self._console.hold(f"Paused: {hold}.{lease}")
             held = True
             self._sleep(HOLD_SECONDS)
-            if beats is not None and beats.order is not Order.CONTINUE:
+            if beats is not None and (beats.order is not Order.CONTINUE or self._guest.hurrying):
                 return False
         if held:
             self._console.hold("The pause is over.")
@@ -322,6 +345,7 @@ class Agent:
     def _act_on(self, receipt: Receipt, partition: int) -> None:
         if receipt.verdict is Verdict.PENDING:
             return
+        misled = self._cache.inherited(partition)
         self._cache.finish(partition)
         if receipt.verdict is Verdict.ACCEPTED:
             self._accepted += 1
@@ -330,11 +354,12 @@ class Agent:
             return
         reasons = tuple(reason.rstrip(".") for reason in receipt.reasons) or ("no reason was given",)
         self._console.line(f"Partition {partition}: the shard is rejected: {'; '.join(reasons)}.")
-        self._count_rejection(reasons)
+        self._count_rejection(reasons, misled)
 
-    def _count_rejection(self, reasons: tuple[str, ...]) -> None:
+    def _count_rejection(self, reasons: tuple[str, ...], misled: bool = False) -> None:
+        """Note a rejection; one that another node's checkpoint may have led to says nothing about this machine."""
         self._rejected += 1
-        self._rejected_in_a_row += 1
+        self._rejected_in_a_row += not misled
         self._last_reasons = reasons
         if self._rejected_in_a_row >= REJECTIONS_IN_A_ROW:
             raise ShardError(f"The coordinator refused {self._rejected_in_a_row} shards of this node in a row, the "

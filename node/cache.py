@@ -24,13 +24,14 @@ from typing import Any
 import psutil
 
 from forge.errors import StorageError, storage_errors
-from forge.files import BlobStore, read_json, remove_temporaries, write_json
+from forge.files import BlobStore, exclusive, read_json, remove_temporaries, write_json
 from node.client import FleetClient, OnBytes
 from node.messages import Assignment, Blob
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 ASSIGNMENT_FILE = "assignment.json"
 SUBMISSION_FILE = "submission.json"
+INHERITED_FILE, METRICS_FILE = "inherited.json", "metrics.jsonl"
 CHILD_FILE = "child.json"
 SHARED_FILE = "shared.json"
 #: Seconds after which the files of a run that this node never met again are deleted: two weeks.
@@ -52,26 +53,16 @@ class Submission:
 
 
 @contextmanager
-def exclusive(data_dir: Path) -> Iterator[None]:
+def claimed(data_dir: Path) -> Iterator[None]:
     """Hold the data directory for this process alone, without what a killed one left half-written in it.
-
-    The lock ends with the process, however it ends.
 
     Raises:
         StorageError: another agent holds it, or it cannot be written.
     """
-    path = data_dir / "node.lock"
-    with storage_errors(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115
-    try:
-        if not _lock(file.fileno()):
-            raise StorageError(f"Another forge-node already uses {data_dir}: give this one a directory of its own with "
-                               "--data-dir.")  # fmt: skip
+    with exclusive(data_dir / "node.lock", f"Another forge-node already uses {data_dir}: give this one a directory of its "
+                                           "own with --data-dir."):  # fmt: skip
         remove_temporaries(data_dir)
         yield
-    finally:
-        file.close()
 
 
 class Cache:
@@ -126,9 +117,26 @@ class Cache:
             directory.mkdir(parents=True, exist_ok=True)
         remove_temporaries(directory)
         write_json(self._run / SHARED_FILE, [assignment.shared.sha256, assignment.shared_ffn.sha256])
-        write_json(directory / ASSIGNMENT_FILE, facts | {"blobs": [blob.sha256 for blob in assignment.blobs]})
+        write_json(directory / ASSIGNMENT_FILE, facts | {
+            "blobs": [blob.sha256 for blob in (*assignment.blobs, assignment.checkpoint) if blob is not None]})
         end_orphan(directory)
         return directory
+
+    def inherit(self, partition: int, downloaded: Path) -> None:
+        """Go on from a checkpoint that another node left; it was downloaded and checked."""
+        directory = self.work_dir(partition)
+        write_json(directory / INHERITED_FILE, {"sha256": downloaded.name})
+        with storage_errors(directory):
+            os.replace(downloaded, directory / CHECKPOINT_FILE)
+
+    def inherited(self, partition: int) -> bool:
+        """Whether this partition was gone on with from another node's checkpoint."""
+        return (self.work_dir(partition) / INHERITED_FILE).is_file()
+
+    def disown(self, partition: int) -> None:
+        """Begin a partition anew, without what another node left."""
+        for name in (CHECKPOINT_FILE, METRICS_FILE, INHERITED_FILE):
+            (self.work_dir(partition) / name).unlink(missing_ok=True)
 
     def submit(self, submission: Submission) -> None:
         """Write down that a shard is finished; from now on it is settled before new work is asked for."""
@@ -208,22 +216,3 @@ def _partition_of(directory: Path) -> int:
 
 def _last_change(directory: Path) -> float:
     return max((path.stat().st_mtime for path in (directory, *directory.rglob("*")) if path.exists()), default=0.0)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the operating system's lock on a file; False when another process has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -17,6 +17,7 @@ from forge.errors import ConfigError, MemoryBudgetError, report_errors
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
+    from forge.live import LogFormat
     from node.link import Link
     from node.preferences import Preferences
     from node.rules import Senses
@@ -85,41 +86,46 @@ def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--max-upload", metavar="RATE", help="Bytes a second that shards are sent with, such as 200k or 2M.")
 @click.option("--max-download", metavar="RATE", help="Bytes a second that files are fetched with.")
 @click.option("--once", is_flag=True, help="Leave after one shard.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for a coordinator on this machine that does not "
               "either, unless it is said twice.")  # fmt: skip
 @report_errors()
 def join(where: str | None, token: str | None, data_dir: Path | None, config: Path | None, once: bool, insecure: int,
-         **limits: str | int | None) -> None:  # fmt: skip
+         log_format: LogFormat, **limits: str | int | None) -> None:  # fmt: skip
     """Join a run and train one expert after the other.
 
     The first time it needs the INVITATION that the coordinator's operator made (or FORGE_TOKEN, which other users of
-    this machine cannot see); later it remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator
-    is now, if that is not where it was.
+    this machine cannot see); without one it shows the coordinators on this network and asks for it. Later it
+    remembers. ADDRESS (HOST[:PORT], or FORGE_COORDINATOR) is where the coordinator is now, if that is not where it was.
     """
     from node.preferences import load_preferences
 
     here = (data_dir or default_data_dir()).resolve()
     preferences = load_preferences(config, here, {key.replace("_", "-"): value for key, value in limits.items()})
-    link = make_link(where, token, here, insecure)
-    sys.exit(run_node(link, preferences, here, once))
+    link = make_link(where, token, here, insecure, ask=True)
+    sys.exit(run_node(link, preferences, here, once, log_format=log_format))
 
 
-def make_link(where: str | None, token: str | None, data_dir: Path, insecure: int) -> Link:
-    """The line to the coordinator that arguments, environment and the node's memory name."""
+def make_link(where: str | None, token: str | None, data_dir: Path, insecure: int, ask: bool = False) -> Link:
+    """The line to the coordinator that arguments, environment and the node's memory name, or, with `ask`, the owner does."""
     from forge.invitation import PREFIX, Invitation
-    from node.link import Link
+    from node.link import BOOK_FILE, Link
+    from node.nearby import look, meet
 
     # Taken out of the environment so that the training process does not inherit it.
     text = token or os.environ.pop("FORGE_TOKEN", None)
     address = where or os.environ.get("FORGE_COORDINATOR")
     if address is not None and address.startswith(PREFIX):
         text, address = token or address, None
-    return Link(parse_address(address) if address else None, data_dir=data_dir, insecure=insecure,
-                invitation=Invitation.parse(text) if text else None, otherwise=f"127.0.0.1:{DEFAULT_PORT}")  # fmt: skip
+    invitation = Invitation.parse(text) if text else None
+    if ask and not (address or invitation or insecure or (data_dir / BOOK_FILE).is_file()):
+        invitation = meet()
+    return Link(parse_address(address) if address else None, data_dir=data_dir, insecure=insecure, invitation=invitation,
+                otherwise=f"127.0.0.1:{DEFAULT_PORT}", look=None if address else look)  # fmt: skip
 
 
 def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, run_job: RunJob | None = None,
-             senses: Senses | None = None) -> int:  # fmt: skip
+             senses: Senses | None = None, log_format: LogFormat = "text") -> int:  # fmt: skip
     """Wire the agent together and run it; gRPC and the like are imported here, so that --help stays quick.
 
     Args:
@@ -129,6 +135,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
         once: the --once option.
         run_job: starts the training process; None starts the real one.
         senses: what is known of the owner; None asks the operating system.
+        log_format: lines of text or of JSON.
 
     Returns:
         The exit code.
@@ -152,7 +159,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
     # A service manager stops a node as its owner would: at the next checkpoint, with the lease given back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
-    console, name = Console(), preferences.name or socket.gethostname() or "node"
+    console, name = Console(log_format=log_format), preferences.name or socket.gethostname() or "node"
     guest = Guest(preferences.rules, senses or OperatingSystem())
     identity = Identity.open(data_dir)
     client = FleetClient(link, identity=identity, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
@@ -182,11 +189,13 @@ def resume(data_dir: Path | None) -> None:
 
 
 @main.command()
+@click.option("--now", is_flag=True, help="Do not wait for the expert: at the next checkpoint, send what was trained so far, "
+              "which another node goes on from.")  # fmt: skip
 @_data_dir_option
 @report_errors()
-def finish(data_dir: Path | None) -> None:
+def finish(now: bool, data_dir: Path | None) -> None:
     """Have the node that runs here hand in its current expert, then leave."""
-    _tell(data_dir, {"do": "finish"})
+    _tell(data_dir, {"do": "finish", "now": now})
 
 
 @main.command()

@@ -189,15 +189,17 @@ class FleetClient:
         raise NetworkError(f"The file {sha256[:12]} arrived damaged twice from {self.address}: tell the coordinator's "
                            "operator.")  # fmt: skip
 
-    def open_upload(self, lease_id: str, sha256: str, size: int) -> tuple[int, Receipt | None]:
+    def open_upload(self, lease_id: str, sha256: str, size: int,
+                    checkpoint: bool = False) -> tuple[int, Receipt | None]:  # fmt: skip
         """Bytes of the upload that the coordinator holds, and the receipt if the shard was already committed."""
-        request = pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256, size=size)
+        request = pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256, size=size, checkpoint=checkpoint)
         response = self._unary("to open the upload", "OpenUpload", request)
         receipt = _receipt(response.receipt) if response.HasField("receipt") else None
         return int(response.offset), receipt
 
-    def upload(self, lease_id: str, sha256: str, path: Path, on_bytes: OnBytes | None = None) -> Receipt | None:
-        """Send a shard, going on from what the coordinator already holds.
+    def upload(self, lease_id: str, sha256: str, path: Path, on_bytes: OnBytes | None = None,
+               checkpoint: bool = False) -> Receipt | None:  # fmt: skip
+        """Send a shard, or a checkpoint, going on from what the coordinator already holds.
 
         Returns:
             The receipt if the shard had been committed before, else None.
@@ -212,7 +214,7 @@ class FleetClient:
 
         def attempt() -> tuple[bool, Receipt | None]:
             nonlocal held, delivered
-            offset, receipt = self.open_upload(lease_id, sha256, size)
+            offset, receipt = self.open_upload(lease_id, sha256, size, checkpoint)
             if receipt is not None or offset >= size:
                 return True, receipt
             progressed = offset > held
@@ -248,6 +250,17 @@ class FleetClient:
             self._stub.Release(request, timeout=self._patience.goodbye, metadata=self._metadata())
         except (grpc.RpcError, ValueError):
             pass
+
+    def hand_over(self, lease_id: str, checkpoint: Path, on_bytes: OnBytes | None = None) -> None:
+        """Send a checkpoint for the next node, and give the lease back with it.
+
+        Raises:
+            ForgeError: the coordinator does not want it.
+        """
+        sha256 = hash_file(checkpoint)
+        self.upload(lease_id, sha256, checkpoint, on_bytes, checkpoint=True)
+        self._unary("to take the checkpoint", "Release", pb.ReleaseRequest(
+            lease_id=lease_id, reason="handed over", checkpoint_sha256=sha256))  # fmt: skip
 
     # --- one attempt each -------------------------------------------------------------------------------------------
 
@@ -387,7 +400,8 @@ def _assignment(message: pb.Assignment) -> Assignment:
     return Assignment(
         lease_id=message.lease_id, partition=work.partition, partition_tokens=work.partition_tokens,
         shared=_blob(work.shared), shared_ffn=_blob(work.shared_ffn), train_tokens=_blob(work.train_tokens),
-        heartbeat_seconds=message.heartbeat_seconds)  # fmt: skip
+        heartbeat_seconds=message.heartbeat_seconds,
+        checkpoint=_blob(work.checkpoint) if work.HasField("checkpoint") else None)  # fmt: skip
 
 
 def _blob(message: pb.Blob) -> Blob:

@@ -1,19 +1,15 @@
-"""What the owner sees: a live line on a terminal, a plain line every few seconds everywhere else. `status` shows the same."""
+"""What the owner sees: a live view on a terminal, a plain line every few seconds everywhere else. `status` shows the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-import sys
-import threading
+from dataclasses import asdict, dataclass
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from forge.live import LogFormat, Output, Pace, View, duration
 from forge.train.memory import format_size
 from node.messages import Progress
-
-if TYPE_CHECKING:
-    from rich.status import Status
 
 #: Seconds between two progress lines where there is no terminal.
 PLAIN_SECONDS = 5.0
@@ -35,6 +31,7 @@ class Console:
     Args:
         stream: where to print; standard output when None.
         live: whether `stream` is a terminal; found out when None.
+        log_format: lines of text or of JSON.
         clock: seconds, for throttling and the time left.
 
     Attributes:
@@ -43,29 +40,18 @@ class Console:
         sentence: the latest progress in words.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, live: bool | None = None,
+    def __init__(self, stream: TextIO | None = None, *, live: bool | None = None, log_format: LogFormat = "text",
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        self._stream = stream if stream is not None else sys.stdout
-        self._clock = clock
-        self._lock = threading.Lock()
+        self._out = Output(stream, live=live, log_format=log_format)
+        self._clock, self._pace = clock, Pace(clock)
         self._said: dict[str, float] = {}
-        self._last_progress = float("-inf")
-        self._phase: tuple[str, int, float] = ("", 0, 0.0)  # title, first step seen, when
-        self._status: Status | None = None
+        self._last_progress, self._phase = float("-inf"), ""
         self.doing: tuple[Progress, Budget | None] | None = None
         self.waits_for = self.sentence = self._held = ""
-        if live if live is not None else self._stream.isatty():
-            from rich.console import Console as RichConsole
-
-            self._status = RichConsole(file=self._stream, highlight=False).status("")
 
     def line(self, text: str) -> None:
         """Print one line."""
-        with self._lock:
-            if self._status is not None:
-                self._status.console.print(text, markup=False, soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
+        self._out.line(text)
 
     def wait(self, text: str) -> None:
         """Say what is waited for; the same sentence (numbers aside) is repeated every `REPEAT_SECONDS` at most."""
@@ -73,7 +59,8 @@ class Console:
         now, self.waits_for = self._clock(), text
         if now - self._said.get(key, float("-inf")) >= REPEAT_SECONDS:
             self._said[key] = now
-            self.line(text)
+            self._out.line(text, "wait")
+        self._out.show(View(title="standing by", waits_for=text))
 
     def hold(self, text: str) -> None:
         """Say once why the node stands still, however long that takes; that is no wait for anybody else."""
@@ -81,7 +68,7 @@ class Console:
         if text != self._held:
             self._held = text
             self.calm()
-            self.line(text)
+            self._out.line(text, "hold")
 
     def idle(self) -> None:
         """Nothing is worked on any more."""
@@ -91,48 +78,48 @@ class Console:
         """Show how far the work is; `title` says whose."""
         now = self._clock()
         self.doing, self.waits_for, self._held = (progress, budget), "", ""
-        if self._phase[0] != f"{title} {progress.activity}":
-            self._phase = (f"{title} {progress.activity}", progress.step, now)
-            self._last_progress = float("-inf")
-        self.sentence = text = self._describe(title, progress, budget, now)
+        phase = f"{title}: {progress.activity}"
+        if self._phase != phase:
+            self._phase, self._last_progress = phase, float("-inf")
+        left = self._pace.left(phase, progress.step, progress.steps)
+        share, facts = _facts(progress, budget)
+        self.sentence = " · ".join([f"{phase}{share}", *facts, *([] if left is None else [f"{duration(left)} left"])])
+        self._out.show(View(title=phase, done=progress.step / progress.steps if progress.steps else 0.0,
+                            facts=tuple([share.strip(", "), *facts]), left=_reason(left, progress)))  # fmt: skip
         finished = progress.steps > 0 and progress.step >= progress.steps
-        if self._status is None and not finished and now - self._last_progress < PLAIN_SECONDS:
+        if self._out.live or (not finished and now - self._last_progress < PLAIN_SECONDS):
             return
         self._last_progress = now
-        if self._status is None:
-            self.line(text)
+        if self._out.json:
+            self._out.record("progress", title=title, **asdict(progress), remaining_seconds=left,
+                             predicted_bytes=budget and budget.predicted, allowed_bytes=budget and budget.allowed)  # fmt: skip
         else:
-            with self._lock:
-                self._status.update(text.replace("[", r"\["))
-                self._status.start()
+            self.line(self.sentence)
 
     def calm(self) -> None:
-        """Take the live line away."""
-        if self._status is not None:
-            with self._lock:
-                self._status.stop()
-
-    def _describe(self, title: str, progress: Progress, budget: Budget | None, now: float) -> str:
-        if progress.activity != "training":
-            share = progress.step / progress.steps if progress.steps else 0.0
-            return (f"{title}: {progress.activity} {format_size(progress.step)} of {format_size(progress.steps)} "
-                    f"({share:.0%})")  # fmt: skip
-        parts = [f"{title}: training, step {progress.step}/{progress.steps}"]
-        if progress.loss:
-            parts.append(f"loss {progress.loss:.3f}")
-        if progress.tokens_per_second:
-            parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-        if budget is not None:
-            parts.append(f"memory {format_size(progress.resident_bytes)} (predicted {format_size(budget.predicted)}, "
-                         f"allowed {format_size(budget.allowed)})")  # fmt: skip
-        _, first, since = self._phase
-        if first < progress.step < progress.steps and now > since:
-            pace = (now - since) / (progress.step - first)
-            parts.append(f"{_duration((progress.steps - progress.step) * pace)} left")
-        return " · ".join(parts)
+        """Take the live view away."""
+        self._out.calm()
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _facts(progress: Progress, budget: Budget | None) -> tuple[str, list[str]]:
+    """How far it is, and what else is known."""
+    if progress.activity != "training":
+        share = progress.step / progress.steps if progress.steps else 0.0
+        return f" {format_size(progress.step)} of {format_size(progress.steps)} ({share:.0%})", []
+    facts = []
+    if progress.loss:
+        facts.append(f"loss {progress.loss:.3f}")
+    if progress.tokens_per_second:
+        facts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if budget is not None:
+        facts.append(f"memory {format_size(progress.resident_bytes)} (predicted {format_size(budget.predicted)}, "
+                     f"allowed {format_size(budget.allowed)})")  # fmt: skip
+    return f", step {progress.step}/{progress.steps}", facts
+
+
+def _reason(left: float | None, progress: Progress) -> str:
+    if left is None:
+        return ""
+    what = f"{progress.steps - progress.step:,} steps" if progress.activity == "training" else format_size(
+        progress.steps - progress.step)  # fmt: skip
+    return f"{duration(left)} left: {what} to go at this pace"

@@ -68,7 +68,7 @@ def ask(data_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         data_dir: the node's data directory.
-        request: `do` is pause (with `seconds`, or None), resume, finish or status.
+        request: `do` is pause (with `seconds`, or None), resume, finish (with `now`) or status.
 
     Returns:
         What the node knows after it, as of `status`.
@@ -99,12 +99,12 @@ def describe(answer: dict[str, Any]) -> str:
              f"{answer['node']}, on its way to the coordinator at {answer['coordinator']}"]  # fmt: skip
     working = f"partition {answer['partition']}" if answer["partition"] is not None else ""
     lines += [text for text in (answer["sentence"] or working,) if text]
-    if hold is not None:
+    if hold is not None and not answer["leaving"]:
         lines.append(f"paused: {hold['reason']}; goes on {hold['goes_on']}")
     elif answer["waits_for"]:
         lines.append(answer["waits_for"])
     if answer["leaving"]:
-        lines.append("leaves when the current expert is handed in")
+        lines.append("leaves when the current expert is handed " + ("over" if hold is not None else "in"))
     lines.append(f"shards accepted: {answer['accepted']}, rejected: {answer['rejected']}")
     return "\n".join(lines)
 
@@ -156,8 +156,10 @@ def _answer(client: socket.socket, secret: str, guest: Guest, facts: Callable[[]
         if do == "pause":
             seconds = request.get("seconds")
             guest.pause(None if seconds is None else float(seconds))
-        elif do in ("resume", "finish"):
-            {"resume": guest.resume, "finish": guest.finish}[do]()
+        elif do == "resume":
+            guest.resume()
+        elif do == "finish":
+            guest.finish(bool(request.get("now")))
         hold = guest.hold()
         until = hold.until.isoformat(timespec="seconds") if hold is not None and hold.until is not None else None
         answer = {**facts(), "hold": hold and {"reason": hold.reason, "goes_on": hold.goes_on, "until": until},

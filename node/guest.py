@@ -30,9 +30,13 @@ class Guest:
         self._said = threading.Event()
         #: Whether the owner asked to hand the current expert in and leave.
         self.leaving = False
+        #: Whether that expert is to be handed over as it is.
+        self.hurrying = False
 
     def hold(self) -> Hold | None:
         """Why the node has to stand still; None when it may work."""
+        if self.hurrying:
+            return Hold(reason="its owner wants it to leave", goes_on="never", until=None)
         pause = self._pause
         if pause is not None and (pause.until is None or self._now() < pause.until):
             return pause
@@ -56,9 +60,9 @@ class Guest:
         self._pause = None
         self._said.set()
 
-    def finish(self) -> None:
-        """Hand the current expert in, then leave; a pause would never let that happen, so it ends."""
-        self.leaving = True
+    def finish(self, now: bool = False) -> None:
+        """Hand the current expert in, or over at its next checkpoint, then leave; a pause would never let that happen."""
+        self.leaving, self.hurrying = True, self.hurrying or now
         self.resume()
 
     def wait(self, seconds: float) -> None:

@@ -8,7 +8,7 @@ so that the next start needs no invitation, whatever the coordinator's address i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 import ipaddress
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from forge.errors import AccessError, ConfigError
 from forge.files import read_json, write_json
 from forge.invitation import Invitation, fingerprint
+from forge.lan import shown
 from node.connection import StalledError, open_channel
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ BOOK_FILE = "coordinators.json"
 MAX_REMEMBERED = 20
 #: Seconds for a server's first bytes: it has nothing to compute before it shows its certificates.
 PROBE_SECONDS = 5.0
-#: Digits of a fingerprint that people are shown.
-_SHOWN = 16
 
 NOT_INVITED = ("This node has not joined a coordinator before: ask its operator for an invitation (`forge-coordinator token "
                "create`) and run `forge-node join INVITATION`.")  # fmt: skip
@@ -49,14 +48,17 @@ class Link:
         invitation: names the CA to trust and brings the secret.
         insecure: how often --insecure was said: once for plaintext on this machine, twice for plaintext on a network.
         otherwise: the address when nothing names one.
+        look: finds addresses of coordinators with these fingerprints, asked when none answers where it should be; None
+            looks nowhere.
 
     Raises:
         ConfigError: --insecure was said once, for another machine.
     """
 
     def __init__(self, address: str | None = None, *, data_dir: Path | None = None, invitation: Invitation | None = None,
-                 insecure: int = 0, otherwise: str = "127.0.0.1:7433") -> None:  # fmt: skip
-        self._invitation, self._insecure = invitation, bool(insecure)
+                 insecure: int = 0, otherwise: str = "127.0.0.1:7433",
+                 look: Callable[[Collection[bytes]], Sequence[str]] | None = None) -> None:  # fmt: skip
+        self._invitation, self._insecure, self._look = invitation, bool(insecure), look
         self._book = None if data_dir is None else data_dir / BOOK_FILE
         held = self._remembered()
         self._addresses: Sequence[str] = (
@@ -126,9 +128,19 @@ class Link:
                    {fingerprint(ssl.PEM_cert_to_DER_cert(held["ca"])) for held in self._remembered() if held["ca"]})  # fmt: skip
         if not trusted:
             raise AccessError(NOT_INVITED)
+        try:
+            self._find_at(self._addresses, trusted)
+        except (StalledError, AccessError):
+            # A coordinator whose machine got another address; one on this machine would have been found.
+            if self._look is None or all(map(is_local, self._addresses)) or not (found := self._look(trusted)):
+                raise
+            self._find_at(found, trusted)
+            self._addresses = list(dict.fromkeys((*found, *self._addresses)))
+
+    def _find_at(self, addresses: Sequence[str], trusted: Collection[bytes]) -> None:
         stalled: StalledError | None = None
         foreign = ""
-        for address in self._addresses:
+        for address in addresses:
             try:
                 chain = shown_certificates(address)
             except StalledError as error:
@@ -150,13 +162,12 @@ class Link:
         raise stalled
 
     def _stranger(self, address: str, chain: Sequence[bytes]) -> str:
-        shown = fingerprint(chain[-1]).hex()[:_SHOWN] if chain else "none"
+        found = shown(fingerprint(chain[-1])) if chain else "none"
         if self._invitation is not None:
-            expected = self._invitation.fingerprint.hex()[:_SHOWN]
-            return (f"What answers at {address} is not the coordinator of this invitation (its CA is {shown}, and the "
-                    f"invitation is of {expected}): check the address, and ask the operator for a new invitation if the "
-                    "coordinator was made anew; otherwise somebody stands in between.")  # fmt: skip
-        return (f"What answers at {address} is not a coordinator that this node has joined (its CA is {shown}): check the "
+            return (f"What answers at {address} is not the coordinator of this invitation (its CA is {found}, and the "
+                    f"invitation is of {shown(self._invitation.fingerprint)}): check the address, and ask the operator for "
+                    "a new invitation if the coordinator was made anew; otherwise somebody stands in between.")  # fmt: skip
+        return (f"What answers at {address} is not a coordinator that this node has joined (its CA is {found}): check the "
                 "address, and ask its operator for an invitation if it is another or was made anew; otherwise somebody "
                 "stands in between.")  # fmt: skip
 

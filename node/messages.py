@@ -50,6 +50,8 @@ class Assignment:
     shared_ffn: Blob
     train_tokens: Blob
     heartbeat_seconds: float
+    checkpoint: Blob | None = None
+    """Where another node left off."""
 
     @property
     def blobs(self) -> tuple[Blob, ...]:

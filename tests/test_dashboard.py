@@ -18,12 +18,13 @@ import psutil
 import pytest
 from safetensors.numpy import save
 
+from coordinator.serve import Coordinator
 from forge import pipeline
 from forge.config import load_config
 from forge.files import RunDirectory
 from forge.vocabulary import STAGES
 from tests.commands import write_inputs
-from tests.coordinator.fakes import FakeNode, until
+from tests.coordinator.fakes import CONFIG, FakeJobs, FakeNode, until
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 #: Milliseconds that a step may take: a job imports torch first, on a machine that does other things.
@@ -130,6 +131,23 @@ def _liar(fleet: Fleet) -> Iterator[FakeNode]:
         yield node
     finally:
         node.channel.close()
+
+
+def test_the_operator_sees_the_invitation_and_its_code(tmp_path: Path, browser: Browser) -> None:
+    said: list[str] = []
+    with Coordinator(CONFIG, tmp_path / "run", "127.0.0.1:0", dashboard="127.0.0.1:0", invite=1, run_job=FakeJobs(),
+                     echo=said.append):  # fmt: skip
+        (url,) = [line.split()[2] for line in said if line.startswith("to watch:")]
+        watched = Watched(browser.new_page(viewport={"width": 1200, "height": 900}))
+        watched.page.goto(url)
+        watched.sees("#join", "forge-node join forge1_")
+        box = watched.page.locator("#qr svg").bounding_box()
+        assert box is not None and box["width"] == box["height"] == 240
+        if directory := os.environ.get("FORGE_SCREENSHOTS"):
+            watched.page.screenshot(path=Path(directory) / "invitation.png", full_page=True)
+        watched.page.goto(url.partition("#")[0] + "?anew")
+        watched.sees("#foot")
+        assert not watched.page.locator("#invite").is_visible() and watched.complaints == []
 
 
 @pytest.mark.slow

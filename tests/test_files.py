@@ -58,10 +58,12 @@ def test_a_run_directory_goes_on_with_its_own_config_only(tmp_path: Path) -> Non
     run = RunDirectory.open(tmp_path / "run", config)
     run_id = run.run_id
     run.finish("prepare", {"documents": 3})
-    (run.work / "half.tmp").write_bytes(b"left by a kill")
+    (run.root / "provenance").mkdir()
+    for directory in (run.work, run.root / "provenance"):
+        (directory / "half.tmp").write_bytes(b"left by a kill")
     again = RunDirectory.open(tmp_path / "run", config)
     assert again.run_id == run_id and again.marker("prepare") == {"documents": 3}
-    assert not (run.work / "half.tmp").exists()
+    assert not list(run.root.rglob("*.tmp"))
     with pytest.raises(RunMismatchError, match="holds the run 'smoke' with another config"):
         RunDirectory.open(tmp_path / "run", load_config("smoke", ["seed=9"]))
 

@@ -76,7 +76,8 @@ class Fleet:
 
     def coordinator(self) -> subprocess.Popen[bytes]:
         return self._start("coordinator", "coordinator.cli", "serve", "--config", str(self._config), "--run-dir",
-                           str(self.run_dir), "--listen", self.address, "--push", REPO, "--exit-when-done")  # fmt: skip
+                           str(self.run_dir), "--listen", self.address, "--push", REPO, "--ram", "3G",
+                           "--exit-when-done")  # fmt: skip
 
     def invite(self) -> None:
         """Let three nodes in."""

@@ -12,6 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEVER_IN_FORGE = {"grpc", "sqlalchemy", "starlette", "uvicorn", "http.server", "coordinator", "node", "modularforge"}
+#: Modules and names that Windows does not have; a module that asks `hasattr` first may use one.
+POSIX_ONLY = {
+    "fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "os.fork", "os.forkpty", "os.setsid", "os.killpg", "os.getpgid",
+    "os.getuid", "os.geteuid", "os.getgid", "os.getloadavg", "os.sched_getaffinity", "os.sched_setaffinity", "os.nice",
+    "os.statvfs", "os.mkfifo", "os.chown", "os.pread", "os.pwrite", "signal.SIGKILL", "signal.SIGHUP", "signal.SIGUSR1",
+    "signal.SIGUSR2", "signal.SIGSTOP", "signal.SIGCONT", "signal.SIGALRM", "signal.alarm", "signal.setitimer", "signal.pause",
+}  # fmt: skip
 
 
 def _imports(path: Path) -> set[str]:
@@ -35,6 +42,19 @@ def test_forge_knows_no_transport_no_database_and_no_fleet() -> None:
 
 def test_coordinator_and_node_never_import_each_other() -> None:
     assert _offences("coordinator", {"node"}) + _offences("node", {"coordinator"}) == []
+
+
+def test_what_only_posix_has_is_called_in_two_modules() -> None:
+    found = []
+    for path in [path for package in ("forge", "coordinator", "node") for path in sorted((ROOT / package).rglob("*.py"))]:
+        name = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        calls = {f"{node.value.id}.{node.attr}" for node in ast.walk(ast.parse(text))
+                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                 and f'hasattr({node.value.id}, "{node.attr}")' not in text}  # fmt: skip
+        found += [f"{name}: {call}" for call in sorted((_imports(path) | calls) & POSIX_ONLY)]
+    assert [line for line in found if not line.startswith(("forge/system.py", "node/machine.py"))] == []
+    assert "forge/system.py: fcntl" in found
 
 
 def test_the_tour_of_the_code_names_every_module() -> None:

@@ -71,6 +71,7 @@ WRONG = [
     ("forge-coordinator serve --config broken.yaml", "config", ["broken.yaml, line 3", "not valid YAML"]),
     (f"{SERVE} data.source=blank.txt", "data", ["blank.txt has no text", "empty or blank"]),
     (f"{SERVE} data.source=small.txt", "data", ["1 documents", "model.n_experts: 2", "use more text"]),
+    (f"{SERVE} --ram 64M", "memory", ["--ram allows 64M", "use --ram ", "M or more."]),
     (f"{SERVE} --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
     ("forge-coordinator serve --config tiny.yaml --listen here", "config", ["--listen 'here'", "HOST:PORT"]),
     (f"{SERVE} --push tiny", "config", ["--push 'tiny'", "USER/REPO"]),
@@ -307,9 +308,11 @@ def test_a_port_in_use(fleet: Fleet) -> None:
     assert not (fleet.desk / "second").exists()
 
 
-def test_a_run_directory_in_use(fleet: Fleet) -> None:
-    outcome = run(f"{SERVE} --run-dir disk/run", fleet.desk, fleet.disk)
-    is_one_sentence(outcome, "storage", "Another coordinator works in", "disk/run", "choose another run directory")
+@pytest.mark.parametrize("command", [SERVE, "forge run tiny.yaml"])
+def test_a_run_directory_in_use(fleet: Fleet, command: str) -> None:
+    outcome = run(f"{command} --run-dir disk/run", fleet.desk, fleet.disk)
+    is_one_sentence(outcome, "storage", "Another forge or forge-coordinator works in", "disk/run",
+                    "choose another run directory")  # fmt: skip
     assert (fleet.run.root / "coordinator.json").is_file() and fleet.partitions()
 
 

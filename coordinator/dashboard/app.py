@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.dashboard import metrics
 from coordinator.dashboard.feed import Feed
+from coordinator.dashboard.invitation import INVITATION_PATH, Card
 from coordinator.dashboard.prompt import PROMPT_PATH, Prompts, disconnected
 from coordinator.jobs import RunJob
 from coordinator.snapshot import Json
@@ -32,7 +33,8 @@ from forge.errors import ForgeError
 EVENTS_PATH = "/events"
 #: Path -> file of this package and its type.
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
-         "/page.js": ("page.js", "text/javascript"), "/prompt.js": ("prompt.js", "text/javascript")}  # fmt: skip
+         "/page.js": ("page.js", "text/javascript"), "/prompt.js": ("prompt.js", "text/javascript"),
+         "/invite.js": ("invite.js", "text/javascript")}  # fmt: skip
 #: What a page may do: take script and style from where it came from, and read events and answers there.
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
           "form-action 'none'; frame-ancestors 'none'")  # fmt: skip
@@ -55,12 +57,13 @@ class Pages:
         take: takes a snapshot of the run; called in a thread.
         run_job: has the model speak; called in a thread.
         run_dir: the run directory.
+        card: the invitation to show to the operator; None has none.
         clock: monotonic seconds.
     """
 
-    def __init__(self, take: Callable[[], Json], run_job: RunJob, run_dir: str,
+    def __init__(self, take: Callable[[], Json], run_job: RunJob, run_dir: str, card: Card | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        self._take, self._clock = take, clock
+        self._take, self._card, self._clock = take, card, clock
         self._feed = Feed()
         self._looking = asyncio.Lock()
         self._look_again_at = -math.inf
@@ -80,6 +83,8 @@ class Pages:
         routes = [*files, Route("/healthz", self._health), Route("/metrics", self._metrics),
                   Route(EVENTS_PATH, _Own(self._events), methods=["GET"]),
                   Route(PROMPT_PATH, _Own(self._prompts), methods=["POST"])]  # fmt: skip
+        if self._card is not None:
+            routes.append(Route(INVITATION_PATH, self._card.answer))
         return Guard(Starlette(routes=routes), None if allowed_hosts is None else frozenset(allowed_hosts))
 
     async def _health(self, request: Request) -> Response:

@@ -16,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coordinator.dashboard.app import EVENTS_PATH, MAX_CLIENTS, Pages
+from coordinator.dashboard.invitation import Card
 from coordinator.dashboard.prompt import PROMPT_PATH
 from coordinator.jobs import RunJob
 from coordinator.snapshot import Json
@@ -59,6 +60,7 @@ class Dashboard:
         self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
         self._began = threading.Event()
+        self._card: Card | None = None
 
     @property
     def port(self) -> int:
@@ -73,7 +75,8 @@ class Dashboard:
     @property
     def greeting(self) -> list[str]:
         """What to tell whoever started the coordinator, in lines."""
-        lines = [f"to watch:  {self.url}" + (f"  (port {DASHBOARD_PORT} is in use)" if self._moved else "")]
+        key = f"#{self._card.key}" if self._card is not None else ""
+        lines = [f"to watch:  {self.url}{key}" + (f"  (port {DASHBOARD_PORT} is in use)" if self._moved else "")]
         if not self.loopback:
             lines.append(f"WARNING: anybody who reaches port {self.port} of this machine can read the dashboard and ask the "
                          "model")  # fmt: skip
@@ -85,9 +88,13 @@ class Dashboard:
         local = {"0.0.0.0": LOOPBACK, "::": "[::1]"}
         return f"http://{local.get(self._host.strip('[]'), self._host)}:{self.port}/"
 
-    def start(self, take: Callable[[], Json], run_job: RunJob, run_dir: str) -> None:
-        """Begin to answer with the snapshots that `take` takes, and with what `run_job` has the model say."""
-        self._answers = take, run_job, run_dir
+    def start(self, take: Callable[[], Json], run_job: RunJob, run_dir: str, invitation: str = "") -> None:
+        """Begin to answer with the snapshots that `take` takes, and with what `run_job` has the model say.
+
+        The line of an `invitation` is shown to who opens the address of the greeting, on this machine only.
+        """
+        self._card = Card(invitation) if invitation and self.loopback else None
+        self._answers = take, run_job, run_dir, self._card
         self._thread.start()
         self._began.wait(10.0)
 

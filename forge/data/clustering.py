@@ -115,7 +115,8 @@ def tfidf_features(texts: Callable[[int], str], documents: int, train: IntArray,
     weights = TfidfTransformer(sublinear_tf=True)
     sample = weights.fit_transform(counts(chosen))
     width = max(1, min(TFIDF_WIDTH, len(chosen) - 1))
-    projection = TruncatedSVD(n_components=width, random_state=seed % 2**32).fit(sample)
+    with np.errstate(invalid="ignore"):  # The variance that is explained, of documents that do not vary; not looked at.
+        projection = TruncatedSVD(n_components=width, random_state=seed % 2**32).fit(sample)
     features_MD = np.zeros((documents, width), dtype=np.float32)
     for rows in _chunks(documents):
         features_MD[rows] = projection.transform(weights.transform(counts(np.arange(rows.start, rows.stop))))

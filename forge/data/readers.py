@@ -1,4 +1,4 @@
-"""Read the documents of one file: .txt, .jsonl or .parquet, each also .gz, as a stream.
+"""Read the documents of one file: .txt, .jsonl or .parquet, each also .gz or .zst, as a stream.
 
 A .jsonl line or a .parquet row is a document. A .txt file is one document, or several when it is larger than
 `MAX_DOCUMENT_BYTES`, so that memory stays bounded. Rows without text (null, or blank) are passed over.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass
 import gzip
+import io
 import json
 from pathlib import Path
 import tempfile
@@ -25,6 +26,8 @@ MAX_DOCUMENT_BYTES = 8 << 20
 #: Rows of a .parquet file that are decoded at a time.
 PARQUET_ROWS = 256
 FORMATS = (".parquet", ".jsonl", ".txt")
+#: What a file may be packed with, by the end of its name -> what that is called.
+PACKERS = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,15 @@ Row = tuple[str, str | None]
 
 
 def format_of(name: str) -> str | None:
-    """The format of a file by its name, without .gz: one of `FORMATS`, or None."""
-    plain = name.lower().removesuffix(".gz")
+    """The format of a file by its name, without .gz or .zst: one of `FORMATS`, or None."""
+    plain = name.lower()
+    if packer := _packer(name):
+        plain = plain.removesuffix(packer)
     return next((suffix for suffix in FORMATS if plain.endswith(suffix)), None)
+
+
+def _packer(name: str) -> str | None:
+    return next((suffix for suffix in PACKERS if name.lower().endswith(suffix)), None)
 
 
 def read_file(path: Path, columns: Columns, name: str | None = None) -> Iterator[Row]:
@@ -59,22 +68,30 @@ def read_file(path: Path, columns: Columns, name: str | None = None) -> Iterator
     name = name or str(path)
     kind = format_of(name)
     if kind is None:
-        raise DataError(f"The format of {name} is not known: use .txt, .jsonl or .parquet, each also .gz.")
+        raise DataError(f"The format of {name} is not known: use .txt, .jsonl or .parquet, each also .gz or .zst.")
     if kind == ".txt" and columns.label is not None:
         raise DataError(f"{name} is plain text and has no column {columns.label!r} for data.label_field.")
+    packer = _packer(name)
     try:
-        with open(path, "rb") as raw:
-            if name.lower().endswith(".gz"):
-                with gzip.GzipFile(fileobj=raw) as unpacked:
-                    yield from _READERS[kind](unpacked, name, columns)  # type: ignore[arg-type]
-            else:
-                yield from _READERS[kind](raw, name, columns)
+        with open(path, "rb") as raw, _unpacked(raw, packer) as file:
+            yield from _READERS[kind](file, name, columns)
     except FileNotFoundError as error:
         raise DataError(f"There is no file {name}; check data.source.") from error
     except (OSError, EOFError, zlib.error) as error:
-        if name.lower().endswith(".gz") and not getattr(error, "errno", None):
-            raise DataError(f"{name} is not a whole gzip file; fetch it again.", detail=str(error)) from error
+        if packer and not getattr(error, "errno", None):
+            raise DataError(f"{name} is not a whole {PACKERS[packer]} file; fetch it again.", detail=str(error)) from error
         raise DataError(f"Cannot read {name}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _unpacked(raw: IO[bytes], packer: str | None) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """What is in a file, as a stream; only a file that is not packed can seek."""
+    if packer == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if packer == ".zst":
+        import pyarrow as pa  # Brings zstd along; 60 MB resident once imported, as for .parquet.
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), CHUNK_BYTES)
+    return contextlib.nullcontext(raw)
 
 
 def _read_txt(file: IO[bytes], name: str, columns: Columns) -> Iterator[Row]:
@@ -128,9 +145,11 @@ def _read_jsonl(file: IO[bytes], name: str, columns: Columns) -> Iterator[Row]:
             if not isinstance(text, str):
                 raise DataError(f"{name}, line {number}: the column {columns.text!r} is not text.")
             yield text, _label(row[columns.label]) if columns.label is not None else None
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{name} is not a whole gzip file: it breaks off after line {number}; fetch it again.",
-                        detail=str(error)) from error  # fmt: skip
+    except (OSError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) or not number:
+            raise
+        raise DataError(f"{name} is not a whole {PACKERS[_packer(name) or '.gz']} file: it breaks off after line {number}; "
+                        "fetch it again.", detail=str(error)) from error  # fmt: skip
 
 
 def _read_parquet(file: IO[bytes], name: str, columns: Columns) -> Iterator[Row]:
@@ -139,7 +158,7 @@ def _read_parquet(file: IO[bytes], name: str, columns: Columns) -> Iterator[Row]
     import pyarrow.parquet as pq
 
     with contextlib.ExitStack() as stack:
-        if isinstance(file, gzip.GzipFile):  # a .parquet file is read from its end, so it needs a file that can seek
+        if _packer(name):  # a .parquet file is read from its end, so it needs a file that can seek
             packed, file = file, stack.enter_context(tempfile.TemporaryFile())
             _unpack(packed, file)
         try:

@@ -1,13 +1,14 @@
 """Where text comes from: one stream of distinct documents, whatever the source, in bounded memory.
 
-A source is `python-stdlib`, `wikitext-103`, `hf:name[:config][:split][:column]`, or a path or glob of .txt, .jsonl and
-.parquet files (each also .gz). The order is the same on every reading. Of documents with equal text only the first is
+A source is `python-stdlib`, `wikitext-103`, `hf:name[:config][:split][:column]`, or a directory, path or glob of .txt, .jsonl
+and .parquet files (each also .gz or .zst). The order is the same on every reading. Of documents with equal text only the first is
 kept: a copy would weigh double in training, and one document must be in one split only.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 import glob
 import hashlib
@@ -49,17 +50,21 @@ class Document(NamedTuple):
     """What duplicates are known by and the split is decided by."""
 
 
-def documents(config: DataConfig) -> Iterator[Document]:
+def documents(config: DataConfig, passed_over: Counter[str] | None = None) -> Iterator[Document]:
     """Yield the distinct, non-blank documents of a source in a fixed order, up to `max_bytes` of UTF-8 text.
 
     The last document is cut at a character border where `max_bytes` is reached. Memory is one document and about 16
     bytes a document for the hashes (with 64 bits, 10 million documents collide by chance with a probability of 3e-6).
 
+    Args:
+        config: the source.
+        passed_over: counts the documents that are not yielded, as `blank` and `equal`.
+
     Raises:
         DataError: a file, column or match is missing, or a file is damaged.
         HubError: the Hugging Face Hub cannot be reached.
     """
-    seen = _HashSet()
+    seen = HashSet()
     left = config.max_bytes
     for text, label in _rows(config):
         data = text.encode("utf-8", "replace")
@@ -70,8 +75,15 @@ def documents(config: DataConfig) -> Iterator[Document]:
             text = data.decode("utf-8")
         if left:
             left -= len(data)
-        if text.strip() and seen.add(digest := text_digest(data)):
+        reason = None
+        if not text.strip():
+            reason = "blank"
+        elif not seen.add(digest := text_digest(data)):
+            reason = "equal"
+        else:
             yield Document(text, label, len(data), digest)
+        if passed_over is not None and reason:
+            passed_over[reason] += 1
         if left == 0:
             return
 
@@ -128,7 +140,7 @@ def read_stdlib(directory: Path) -> Iterator[str]:
 
 
 def local_files(source: str) -> list[Path]:
-    """The files that a path or glob (`**` reaches into sub-directories) names, sorted.
+    """The files that a path, directory (all that is below it) or glob (`**` reaches into sub-directories) names, sorted.
 
     Raises:
         DataError: there is none.
@@ -138,15 +150,15 @@ def local_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise DataError(f"{source} is a directory; say which of its files, as in {source.rstrip('/')}/**/*.txt.")
-    if not glob.has_magic(pattern):
-        raise DataError(f"There is no file {source}; data.source takes a path, a glob, {PYTHON_STDLIB}, {WIKITEXT}, or "
-                        "hf:name.")  # fmt: skip
+        pattern = os.path.join(glob.escape(pattern), "**", "*")
+    elif not glob.has_magic(pattern):
+        raise DataError(f"There is no file {source}; data.source takes a path, a directory, a glob, {PYTHON_STDLIB}, "
+                        f"{WIKITEXT}, or hf:name.")  # fmt: skip
     files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
-    if not files:
+    if not files and not path.is_dir():
         raise DataError(f"No file matches {source}; check data.source.")
     if not any(format_of(file.name) for file in files):
-        raise DataError(f"No .txt, .jsonl or .parquet file (each also .gz) matches {source}; check data.source.")
+        raise DataError(f"No .txt, .jsonl or .parquet file (each also .gz or .zst) is in {source}; check data.source.")
     return [file for file in files if format_of(file.name)]
 
 
@@ -185,7 +197,7 @@ def _python_files(directory: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-class _HashSet:
+class HashSet:
     """A set of 64-bit hashes in open addressing: 11 to 32 bytes an entry, where Python's set takes about 100."""
 
     def __init__(self) -> None:

@@ -32,6 +32,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         DataError: the texts have too few distinct words for so many merges.
     """
+    tokenizer = learn_tokenizer(texts, vocab_size)
+    reached = tokenizer.get_vocab_size()
+    if reached != vocab_size:
+        raise DataError(f"The corpus is too small for model.vocab_size: {vocab_size}: it gives {reached} tokens; set "
+                        f"model.vocab_size to {reached} or less, or use more text.")  # fmt: skip
+    return tokenizer
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Like `train_tokenizer`, with fewer tokens where the texts do not give so many."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,10 +52,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    reached = tokenizer.get_vocab_size()
-    if reached != vocab_size:
-        raise DataError(f"The corpus is too small for model.vocab_size: {vocab_size}: it gives {reached} tokens; set "
-                        f"model.vocab_size to {reached} or less, or use more text.")  # fmt: skip
     tokenizer.encode_special_tokens = True
     return tokenizer
 

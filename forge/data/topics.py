@@ -46,12 +46,12 @@ def describe_partitions(files: Sequence[Path], tokenizer: Tokenizer) -> list[dic
         StorageError: a token file cannot be read.
     """
     share = min(PARTITION_TOKENS, ALL_TOKENS // max(1, len(files)))
-    counts = [sum((_words(text) for text in _texts(path, tokenizer, share)), Counter()) for path in files]
+    counts = [sum((word_counts(text) for text in _texts(path, tokenizer, share)), Counter()) for path in files]
     everywhere = sum(counts, Counter())
     described = []
     for path, count in zip(files, counts, strict=True):
         words = telling_words(count, everywhere)
-        described.append({"words": words, "sample": _most_typical(_texts(path, tokenizer, share), set(words))})
+        described.append({"words": words, "sample": most_typical(_texts(path, tokenizer, share), set(words))})
     return described
 
 
@@ -86,14 +86,15 @@ def _texts(path: Path, tokenizer: Tokenizer, tokens: int) -> list[str]:
     return texts
 
 
-def _words(text: str) -> Counter[str]:
+def word_counts(text: str) -> Counter[str]:
+    """How often each word is in a text, in small letters."""
     return Counter(_WORD.findall(text.lower()))
 
 
-def _most_typical(texts: Sequence[str], telling: set[str]) -> str:
+def most_typical(texts: Sequence[str], telling: set[str]) -> str:
     """The beginning of the document in which the largest share of the words tells; printable, on one line."""
     def share(text: str) -> float:
-        words = _words(text)
+        words = word_counts(text)
         return sum(times for word, times in words.items() if word in telling) / max(20, sum(words.values()))
 
     text = max(texts, key=share, default="")

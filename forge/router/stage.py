@@ -21,7 +21,7 @@ from forge.router.context import add_context, count_tokens
 from forge.router.fit import bayes_rows, fit_rows, fit_temperature
 from forge.router.statistics import Array, LayerStatistics, collect, gate_inputs
 from forge.train.loop import Progress
-from forge.train.memory import TEMPERATURE_TOKENS
+from forge.train.memory import temperature_sample
 from forge.vocabulary import END_OF_TEXT_ID
 
 #: Training tokens, over all partitions, whose counts the evidence is made of.
@@ -62,8 +62,9 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             collect(model, file["partition"], windows(file, round(config.router.tokens * file["tokens"] / total)), statistics)
             progress(stage="router", step=file["partition"] + 1, steps=len(files), message="collecting statistics")
         rows = [fit_rows(layer, config.router) for layer in statistics]
-    held_out = [_windows(run.blobs.path(file["validation"]["sha256"]), config, TEMPERATURE_TOKENS) for file in files]
-    factors, accuracies = temperatures(model, rows, held_out)
+    tokens, share = temperature_sample(config.model)
+    held_out = [_windows(run.blobs.path(file["validation"]["sha256"]), config, tokens) for file in files]
+    factors, accuracies = temperatures(model, rows, held_out, share)
     dtype = getattr(torch, config.model.dtype)
     weights = dict(model.named_parameters())
     return {"router": _publish(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
@@ -87,22 +88,25 @@ def _publish(run: RunDirectory, name: str, tensors: dict[str, torch.Tensor]) -> 
     return {"sha256": run.blobs.adopt(path), "size": size}
 
 
-def temperatures(model: DenseLM, rows: Sequence[Array],
-                 held_out: Iterable[Iterable[np.ndarray]]) -> tuple[list[float], list[float]]:  # fmt: skip
+def temperatures(model: DenseLM, rows: Sequence[Array], held_out: Iterable[Iterable[np.ndarray]],
+                 share: float = 1.0) -> tuple[list[float], list[float]]:  # fmt: skip
     """Per layer: the factor on the rows (1/T) that makes held-out labels most likely, and the token accuracy.
 
     Args:
         model: whose gate inputs the rows are for.
         rows: of every layer's gate, (K, D).
         held_out: the held-out windows of each partition.
+        share: of their tokens that are kept, drawn with a fixed seed: every kept one costs K logits a layer.
     """
+    random = np.random.default_rng(0)
     logits: list[list[Array]] = [[] for _ in rows]
     labels: list[int] = []
     for partition, windows in enumerate(held_out):
         for layers in gate_inputs(model, windows):
-            labels.extend([partition] * len(layers[0]))
+            kept_N = random.random(len(layers[0])) < share
+            labels.extend([partition] * int(kept_N.sum()))
             for layer, x_ND in enumerate(layers):
-                logits[layer].append(x_ND @ rows[layer].T)
+                logits[layer].append(x_ND[kept_N] @ rows[layer].T)
     labels_N = np.asarray(labels)
     stacked = [np.concatenate(layer) for layer in logits]
     return ([fit_temperature(logits_NK, labels_N) for logits_NK in stacked],

@@ -60,6 +60,8 @@ _DOCUMENT_BYTES = 16 << 10
 SAMPLE_DOCUMENTS = 16_384
 #: Held-out tokens a partition for the router's temperatures: one number a layer needs few.
 TEMPERATURE_TOKENS = 20_000
+#: Logits a layer that they are fitted on, at most: every held-out token has one for each expert.
+_TEMPERATURE_LOGITS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -243,12 +245,19 @@ def _partition(config: RunConfig) -> dict[str, int]:
         "libraries": _SKLEARN_BYTES, "data": clustering}  # fmt: skip
 
 
+def temperature_sample(model: ModelConfig) -> tuple[int, float]:
+    """What the router's temperatures are fitted on: held-out tokens read of each partition, and the share of them kept."""
+    tokens = max(model.max_seq_len, min(TEMPERATURE_TOKENS, _TEMPERATURE_LOGITS // model.n_experts**2))
+    return tokens, min(1.0, _TEMPERATURE_LOGITS / (model.n_experts**2 * tokens))
+
+
 def _router(config: RunConfig) -> dict[str, int]:
     model = config.model
     square = model.d_model**2 * _DOUBLE
     positions = min(STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
     inputs = positions * model.n_layers * model.d_model
-    logits = 2 * TEMPERATURE_TOKENS * model.n_experts**2 * model.n_layers * _DOUBLE
+    tokens, share = temperature_sample(model)
+    logits = round(2 * tokens * share * model.n_experts**2) * model.n_layers * _DOUBLE
     # The gate inputs of all layers are collected in a forward pass and one of them is widened after it; the logits of
     # held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
     published = (model.dense_parameters - model.expert_parameters) * _FLOAT * 3 // 2

@@ -47,10 +47,11 @@ class World:
         return self.run.run_id
 
     def start(self, *, listen: str = "127.0.0.1:0", push: str | None = None, exit_when_done: bool = False,
-              insecure: int = 0, dashboard: str | None = "off", limits: Limits | None = None) -> Coordinator:  # fmt: skip
+              insecure: int = 0, dashboard: str | None = "off", limits: Limits | None = None,
+              invite: int = 0) -> Coordinator:  # fmt: skip
         coordinator = Coordinator(CONFIG, self.root, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
                                   run_job=self.jobs, echo=self.said.append, clock=self.clock, limits=limits,
-                                  dashboard=dashboard)  # fmt: skip
+                                  dashboard=dashboard, invite=invite)  # fmt: skip
         coordinator.start()
         self.coordinator = coordinator
         return coordinator

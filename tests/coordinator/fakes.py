@@ -31,7 +31,7 @@ CONFIG: RunConfig = parse_config({
     "name": "tiny",
     "model": {"vocab_size": 260, "d_model": 16, "d_ff": 24, "n_layers": 2, "n_heads": 2, "n_experts": 3, "top_k": 2,
               "max_seq_len": 32},
-    "train": {"shared": {"tokens": 1000}, "expert": {"tokens": 1000}},
+    "train": {"shared": {"tokens": 1000}, "expert": {"tokens": 1536}},
     "fleet": {"lease_seconds": LEASE_SECONDS},
 })  # fmt: skip
 

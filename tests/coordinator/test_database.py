@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, func, inspect, select, text
 
-from coordinator.database import Database
+from coordinator.database import Database, DatabaseUnavailableError
 from coordinator.handlers import WAITING_CALLS_PER_SECOND, _nothing_open
 from coordinator.records import Counts
 from coordinator.state import State
@@ -50,6 +50,23 @@ def test_a_large_fleet_without_work_asks_at_a_bounded_rate() -> None:
     wait: Callable[[int], float] = lambda nodes: _nothing_open(Counts(leased=1, uploaded=1), False, nodes).retry_seconds  # noqa: E731
     assert wait(3) == wait(100) == 2.0
     assert 3000 / wait(3000) == WAITING_CALLS_PER_SECOND
+
+
+def test_a_full_disk_under_the_database_is_one_sentence_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    database = Database(tmp_path / "x.db")
+    with database.reading() as session:
+        pages = session.scalar(text("PRAGMA page_count")) or 0
+    with pytest.raises(DatabaseUnavailableError, match="is full: free some space"):
+        with database.transaction() as session:
+            session.execute(text(f"PRAGMA max_page_count = {pages}"))  # SQLite then says what it says on a full disk.
+            for number in range(300):
+                session.add(node(number))
+    with database.transaction() as session:
+        session.execute(text("PRAGMA max_page_count = 100000"))
+        session.add(node(1))
+    with database.reading() as session:
+        assert session.scalar(select(func.count()).select_from(Node)) == 1
+    database.close()
 
 
 # Versions and damage ----------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_the_environment_holds_the_invitation_and_the_training_process_does_not(
     text = token(world, tmp_path, "--uses 2")
     joined(run(JOIN, tmp_path, environment={"FORGE_TOKEN": text}))
     code = ("import os, node.cli as cli\n"
-            "cli.run_node = lambda *_: print('FORGE_TOKEN' in os.environ) or 0\n"
+            "cli.run_node = lambda *_, **options: print('FORGE_TOKEN' in os.environ) or 0\n"
             "cli.main(['join'])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "FORGE_TOKEN": text, "FORGE_DATA_DIR": str(tmp_path / "node")})  # fmt: skip

@@ -120,7 +120,7 @@ def test_a_taken_port_is_one_sentence_and_leaves_no_directory(tmp_path: Path) ->
 
 def test_two_coordinators_do_not_share_a_run_directory(world: World) -> None:
     second = Coordinator(CONFIG, world.root, "127.0.0.1:0", run_job=FakeJobs(), echo=lambda _: None)
-    with pytest.raises(StorageError, match="Another coordinator"):
+    with pytest.raises(StorageError, match="Another forge"):
         second.start()
     assert world.node("laptop").lease()
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+import json
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modularforge.v1 import fleet_pb2 as pb
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from forge.errors import StorageError, TrainingError
+from forge.model import names
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 
 from .conftest import World
@@ -237,6 +241,58 @@ def test_what_a_peer_sends_is_bounded(world: World) -> None:
     assert (len(held["hostname"]), held["memory_bytes"]) == (200, (1 << 63) - 1)
     empty = iter(())
     assert refusal(lambda: node.stub.Upload(empty, metadata=node.metadata))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def checkpoint(step: int = 1, changed: dict[str, np.ndarray] | None = None) -> bytes:
+    """What a node of this run has come to at a step, as bytes."""
+    weights = {kind.format(name): np.full(shape, 0.5, np.float32) for name, shape in names.ffn_tensors(CONFIG.model).items()
+               for kind in ("model.{}", "optimizer.{}.momentum_buffer")}  # fmt: skip
+    return bytes(save(weights | (changed or {}), {"facts": json.dumps({"step": step})}))
+
+
+def leave(node: FakeNode, lease_id: str, data: bytes) -> None:
+    """Send a checkpoint and give the lease back with it."""
+    node.stub.OpenUpload(pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256_of(data), size=len(data), checkpoint=True),
+                         metadata=node.metadata)  # fmt: skip
+    node.send(lease_id, data)
+    node.stub.Release(pb.ReleaseRequest(lease_id=lease_id, checkpoint_sha256=sha256_of(data)), metadata=node.metadata)
+
+
+def test_the_next_node_is_given_what_another_one_left(world: World) -> None:
+    first, second = world.node("first"), world.node("second")
+    lease, data = first.lease(0), checkpoint()
+    assert not lease.expert.HasField("checkpoint")
+    leave(first, lease.lease_id, data)
+    again = pb.ReleaseRequest(lease_id=lease.lease_id, checkpoint_sha256=sha256_of(data))
+    first.stub.Release(again, metadata=first.metadata)  # The reply was lost: the same again.
+    assert any("first leaves expert 0 at step 1 to the next" in line for line in world.said)
+    given = second.lease(0)
+    assert given.expert.partition == 0 and given.expert.checkpoint == pb.Blob(sha256=sha256_of(data), size=len(data))
+    assert second.fetch(sha256_of(data)) == data
+    shard = make_shard(world.run, 0)
+    second.hand_in(given, shard, world.run_id)
+    assert second.verdict(given, shard, world.run_id).verdict == ACCEPTED
+    until(lambda: not world.run.blobs.has(sha256_of(data)))
+    assert refusal(lambda: second.fetch(sha256_of(data)))[1] == "protocol"
+
+
+def test_what_is_no_checkpoint_is_refused_and_not_kept(world: World) -> None:
+    node = world.node("hostile")
+    lease = node.lease(0)
+    name = f"model.{next(iter(names.ffn_tensors(CONFIG.model)))}"
+    shape = next(iter(names.ffn_tensors(CONFIG.model).values()))
+    for data, words in ((checkpoint(step=99), "no step between"), (b"no tensors at all", "not a sound safetensors file"),
+                        (checkpoint(changed={name: np.full(shape, np.nan, np.float32)}), "not finite")):  # fmt: skip
+        _, code, sentence = refusal(lambda data=data: leave(node, lease.lease_id, data))  # type: ignore[misc]
+        assert code == "shard" and words in sentence, sentence
+        assert not world.run.blobs.has(sha256_of(data))
+    published = lease.expert.shared.sha256  # A file of the run that somebody calls a checkpoint stays.
+    release = pb.ReleaseRequest(lease_id=lease.lease_id, checkpoint_sha256=published)
+    assert refusal(lambda: node.stub.Release(release, metadata=node.metadata))[1] == "shard"
+    assert world.run.blobs.has(published)
+    large = pb.OpenUploadRequest(lease_id=lease.lease_id, sha256="0" * 64, size=1 << 30, checkpoint=True)
+    assert "A checkpoint of this run has at most" in refusal(lambda: node.stub.OpenUpload(large, metadata=node.metadata))[2]
+    assert node.heartbeat(lease.lease_id) == CONTINUE
 
 
 def test_the_health_service_is_on(world: World) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 import pytest
 
-from coordinator.records import LeaseRecord, Receipt
+from coordinator.records import CheckpointRecord, LeaseRecord, Receipt
 from coordinator.state import ELSEWHERE, IN_FRONT, MAX_REJECTIONS, State
 from forge.errors import ProtocolError, StorageError
 
@@ -261,6 +261,113 @@ def test_many_threads_get_each_partition_once(tmp_path: Path) -> None:
     state.close()
 
 
+def straggle(state: State, clock: Clock, step: int = 10) -> tuple[LeaseRecord, LeaseRecord]:
+    """Two partitions were accepted after a minute each, and node c is at `step` of 100 of the third; the lease of c, and
+    what a then gets.
+    """
+    slow = granted(state, "c", 2)
+    for node in "ab":
+        lease = granted(state, node)
+        clock.now += 30
+        submit(state, lease, "xy"[lease.partition])
+        state.accept(pending_id(state), loss=None, shared_loss=None)
+    state.heartbeat(slow.id, "c", {"activity": "training", "step": step, "steps": 100})
+    return slow, granted(state, "a")
+
+
+def test_a_straggler_is_backed_up_and_the_first_shard_counts(state: State, clock: Clock) -> None:
+    slow, backup = straggle(state, clock)
+    assert (backup.partition, backup.backup, slow.backup) == (2, True, False)
+    assert granted(state, "a").id == backup.id
+    assert state.grant("b") is None  # One backup is enough.
+    assert state.heartbeat(slow.id, "c", {}) == state.heartbeat(backup.id, "a", {}) == ("continue", "")
+    submit(state, backup, "z")
+    assert state.heartbeat(slow.id, "c", {})[0] == "continue"
+    state.accept(pending_id(state), loss=None, shared_loss=None)
+    assert state.heartbeat(slow.id, "c", {}) == ("abandon", ELSEWHERE)
+    assert state.counts().complete
+
+
+def test_whoever_is_nearly_done_is_not_backed_up(state: State, clock: Clock) -> None:
+    with pytest.raises(AssertionError):
+        straggle(state, clock, step=90)
+
+
+def test_a_node_that_never_gets_there_is_backed_up_whatever_it_says(state: State, clock: Clock) -> None:
+    with pytest.raises(AssertionError):
+        straggle(state, clock, step=99)
+    for _ in range(6):
+        clock.now += 30
+        lease = next(partition for partition in state.partitions() if partition.state == "leased")
+        assert lease.node_id == "c"
+        state.heartbeat(granted(state, "c").id, "c", {"activity": "training", "step": 99, "steps": 100})
+    assert granted(state, "a").backup
+
+
+@pytest.mark.parametrize("how", ["expired", "released", "revoked", "rejected"])
+def test_a_backup_takes_the_place_of_the_lease_that_ends(state: State, clock: Clock, how: str) -> None:
+    slow, backup = straggle(state, clock)
+    if how == "expired":
+        clock.now += LEASE_SECONDS - 1
+        state.heartbeat(backup.id, "a", {})
+        clock.now += 2
+    elif how == "released":
+        state.release(slow.id, "c")
+    elif how == "revoked":
+        state.revoke("c")
+    else:
+        submit(state, slow, "z")
+        state.reject(pending_id(state), ["bad"])
+    assert state.counts().leased == 1
+    assert (state.partitions()[2].node_id, granted(state, "a").backup) == ("a", False)
+    state.release(backup.id, "a")
+    assert states(state)[2] == "open"
+
+
+def test_a_backup_that_gives_up_leaves_the_first_lease_alone(state: State, clock: Clock) -> None:
+    slow, backup = straggle(state, clock)
+    state.release(backup.id, "a")
+    assert state.heartbeat(slow.id, "c", {})[0] == "continue"
+    assert state.partitions()[2].node_id == "c"
+
+
+def left(step: int, name: str = "c") -> CheckpointRecord:
+    return CheckpointRecord(sha256=format(step, "063x") + name, size=7, step=step)
+
+
+def test_the_next_node_goes_on_from_what_was_left_furthest(state: State) -> None:
+    lease = granted(state, "a")
+    assert state.inherited(lease.id) is None
+    assert state.release(lease.id, "a", left(5))
+    assert not state.release(lease.id, "a", left(6))  # Once.
+    second = granted(state, "b")
+    assert (second.partition, state.inherited(second.id)) == (0, left(5))
+    assert not state.release(second.id, "b", left(4))
+    third = granted(state, "b")
+    assert state.inherited(third.id) == left(5)
+    assert state.release(third.id, "b", left(9))
+    assert state.stale_checkpoints() == [left(5).sha256]
+    assert (state.checkpoint_size(left(5).sha256), state.checkpoint_size(left(9).sha256)) == (None, 7)
+    submit(state, granted(state, "b"), "x")
+    state.accept(pending_id(state), loss=None, shared_loss=None)
+    assert set(state.stale_checkpoints()) == {left(5).sha256, left(9).sha256}
+
+
+def test_a_bad_checkpoint_is_blamed_on_who_left_it(state: State) -> None:
+    for attempt in range(MAX_REJECTIONS):
+        state.register_node(f"h{attempt}", bytes(32), "hostile", {})
+        lease = granted(state, f"h{attempt}", 0)
+        assert state.may_hand_over(f"h{attempt}") and state.release(lease.id, f"h{attempt}", left(attempt + 1))
+        misled = granted(state, "a", 0)
+        assert state.inherited(misled.id) == left(attempt + 1)
+        submit(state, misled, format(attempt, "064x"))
+        state.reject(pending_id(state), ["bad"])
+        assert not state.may_hand_over(f"h{attempt}")
+    last = granted(state, "a", 0)
+    assert last.partition == 0 and state.inherited(last.id) is None
+    assert state.nodes()[0].rejected == 0
+
+
 class Partitions(RuleBasedStateMachine):
     """Whatever happens in whatever order: every partition is accepted at most once, and none is ever lost."""
 
@@ -287,18 +394,19 @@ class Partitions(RuleBasedStateMachine):
         assert lease is None or lease.partition not in self.accepted
         return lease
 
-    @rule(lease=leases)
-    def heartbeat(self, lease: LeaseRecord | None) -> None:
+    @rule(lease=leases, step=st.integers(0, 9))
+    def heartbeat(self, lease: LeaseRecord | None, step: int) -> None:
         if lease is not None:
-            order, reason = self.state.heartbeat(lease.id, lease.node_id, {})
+            told = {"activity": "training", "step": step, "steps": 9}
+            order, reason = self.state.heartbeat(lease.id, lease.node_id, told)
             assert order == "continue" or reason
             if order == "continue" and not reason:
                 assert self.state.lease(lease.id, lease.node_id).ended is None
 
-    @rule(lease=consumes(leases))
-    def release(self, lease: LeaseRecord | None) -> None:
+    @rule(lease=consumes(leases), step=st.integers(0, 9))
+    def release(self, lease: LeaseRecord | None, step: int) -> None:
         if lease is not None:
-            self.state.release(lease.id, lease.node_id)
+            self.state.release(lease.id, lease.node_id, left(step) if step else None)
 
     @rule(lease=leases, sha=st.sampled_from("xyz"))
     def commit(self, lease: LeaseRecord | None, sha: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 import gzip
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 from forge.config import DataConfig
 from forge.data.hub import HubSource, select_files
 from forge.data.readers import MAX_DOCUMENT_BYTES
-from forge.data.sources import _HashSet, documents, read_stdlib, split_articles, text_digest
+from forge.data.sources import HashSet, documents, read_stdlib, split_articles, text_digest
 from forge.errors import DataError, HubError
 
 WIKITEXT_LINES = [
@@ -35,7 +36,7 @@ WIKITEXT_LINES = [
     " \n",
     " Short . \n",
 ]
-FIRST = ("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.parquet.gz")
+FIRST = ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet", "rows.parquet.gz", "rows.parquet.zst")
 
 
 def parquet(rows: dict[str, list[Any]]) -> bytes:
@@ -54,8 +55,17 @@ def write_rows(directory: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     else:
         data = parquet({key: [row[key] for row in rows] for key in rows[0]})
     path = directory / name
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    path.write_bytes(packed(data, name))
     return path
+
+
+def packed(data: bytes, name: str) -> bytes:
+    if name.endswith(".zst"):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return bytes(sink.getvalue())
+    return gzip.compress(data) if name.endswith(".gz") else data
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -102,19 +112,28 @@ def test_a_broken_line_is_named_with_its_file_and_number(tmp_path: Path) -> None
         texts(path)
 
 
-def test_broken_archives_are_named(tmp_path: Path) -> None:
-    data = "".join(json.dumps({"text": f"{i} {i * 7919 % 1009}"}) + "\n" for i in range(5000)).encode()
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(data)[:-2000])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz is not a whole gzip file: it breaks off after line \d+"):
+@pytest.mark.parametrize(("end", "kind"), [("gz", "gzip"), ("zst", "zstd")])
+def test_broken_archives_are_named(tmp_path: Path, end: str, kind: str) -> None:
+    data = "".join(json.dumps({"text": f"{i} {i * 7919 % 1009}"}) + "\n" for i in range(50000)).encode()
+    path = tmp_path / f"a.jsonl.{end}"
+    path.write_bytes(packed(data, path.name)[:-2000])
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{end} is not a whole {kind} file: it breaks off after line \d+"):
         texts(path)
-    for name in ("a.txt.gz", "a.jsonl.gz", "a.parquet.gz"):
+    for name in (f"a.txt.{end}", f"a.jsonl.{end}", f"a.parquet.{end}"):
         (tmp_path / name).write_bytes(b"no archive")
-        with pytest.raises(DataError, match="not a whole gzip file"):
+        with pytest.raises(DataError, match=f"not a whole {kind} file"):
             texts(tmp_path / name)
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a"]})[:-9])
     with pytest.raises(DataError, match="parquet"):
         texts(tmp_path / "a.parquet")
+
+
+def test_several_zstd_frames_are_one_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(packed(b"one, ", "a.zst") + packed(b"two", "a.zst"))
+    assert texts(tmp_path / "a.txt.zst") == ["one, two"]
 
 
 def test_text_files_by_glob_in_order(tmp_path: Path) -> None:
@@ -124,7 +143,24 @@ def test_text_files_by_glob_in_order(tmp_path: Path) -> None:
     (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress(b"sea"))
     (tmp_path / "notes.md").write_text("no")
     assert texts(tmp_path / "*.txt") == ["ay", "bee"]
-    assert texts(tmp_path / "**" / "*") == ["ay", "bee", "sea"]
+    assert texts(tmp_path / "**" / "*") == texts(tmp_path) == ["ay", "bee", "sea"]
+
+
+def test_a_folder_of_every_format(tmp_path: Path) -> None:
+    folder = tmp_path / "my [texts]"
+    (folder / "sub").mkdir(parents=True)
+    for i, end in enumerate(("", ".gz", ".zst")):
+        (folder / f"a.txt{end}").write_bytes(packed(f"plain {i}".encode(), end))
+        write_rows(folder / "sub", f"b.jsonl{end}", [{"text": f"json {i}"}])
+        write_rows(folder / "sub", f"c.parquet{end}", [{"text": f"parquet {i}"}])
+    assert texts(folder) == [f"{kind} {i}" for kind in ("plain", "json", "parquet") for i in range(3)]
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, "a.jsonl", [{"text": text} for text in ("a", "a", " ", "b", "a")])
+    passed_over = Counter[str]()
+    assert len(list(documents(DataConfig(source=str(path)), passed_over))) == 2
+    assert passed_over == {"equal": 2, "blank": 1}
 
 
 def test_a_large_text_file_becomes_several_documents(tmp_path: Path) -> None:
@@ -139,6 +175,7 @@ def test_a_large_text_file_becomes_several_documents(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").write_text("a")
     (tmp_path / "latin.txt").write_bytes(b"ab\xe4")
     for source, sentence in {
@@ -146,7 +183,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         "*.txt.gz": "No file matches",
         "*.md": "No .txt, .jsonl or .parquet file",
         "a.md": "format of .*a.md is not known",
-        "": "is a directory",
+        "empty": r"No .txt, .jsonl or .parquet file \(each also .gz or .zst\) is in .*empty",
         "latin.txt": "not UTF-8 text at byte 2",
     }.items():
         with pytest.raises(DataError, match=sentence):
@@ -205,14 +242,14 @@ def test_stdlib_leaves_tests_out_and_reads_old_encodings(tmp_path: Path) -> None
 
 @given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 50), max_size=300))
 def test_the_hash_set_is_a_set(values: list[int]) -> None:
-    ours, theirs = _HashSet(), set[int]()
+    ours, theirs = HashSet(), set[int]()
     for value in values:
         assert ours.add(value) == ((value or 1) not in theirs)
         theirs.add(value or 1)
 
 
 def test_the_hash_set_grows() -> None:
-    ours = _HashSet()
+    ours = HashSet()
     values = [text_digest(str(i).encode()) for i in range(5000)]
     assert all(ours.add(value) for value in values) and not any(ours.add(value) for value in values)
 

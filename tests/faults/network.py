@@ -1,17 +1,19 @@
 """A node behind a bad line: slow, late, stalling, cut, losing replies, leading elsewhere; nothing is tuned for it.
 
-    python -m tests.faults.network
+    python -m tests.faults.network [--only WORDS]
 
 The line is a TCP relay between the real processes of the sweep, so a lost packet shows as what TCP makes of it, a pause.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 import os
 from pathlib import Path
+import queue
 import random
 import socket
 import sys
@@ -23,16 +25,18 @@ from forge.vocabulary import CHUNK_BYTES
 from tests.faults.sweep import Outcome, check_end, follow, free_address, prepare
 from tests.faults.work import choose_size
 
-#: Bytes of a large shard, about, and of the three of a run.
+#: Bytes of a shard of twelve chunks (its header is some hundreds more), and of the three of a run.
 SHARD = 12 * CHUNK_BYTES
 UPLOADED = 3 * SHARD
+#: Pieces that are on their way at a time: of 16 KiB, enough for 6 MB/s at 0.3 s.
+IN_FLIGHT = 128
 #: Seconds that TCP waits before it sends a lost packet again, about (RFC 6298: at least 0.2 on Linux).
 RETRANSMISSION = 0.3
 
 
 @dataclass
 class Line:
-    """A relay. What it does to the bytes is decided anew for every piece of at most 16 KiB.
+    """A relay. What it does to the bytes is decided anew for every piece of at most 16 KiB; none overtakes another.
 
     Args:
         target: where the coordinator listens.
@@ -90,18 +94,33 @@ class Line:
                 threading.Thread(target=self._relay, args=(source, sink, up), daemon=True).start()
 
     def _relay(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        """Take pieces as they come and have them delivered when they are due."""
+        pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(IN_FLIGHT)
+        threading.Thread(target=self._deliver, args=(pieces, sink), daemon=True).start()
         with suppress(OSError):
             while data := source.recv(16 << 10):
-                if self.delay:
-                    time.sleep(self.delay)
-                if self.rate:
-                    time.sleep(len(data) / self.rate)
-                if self.loss and self._random.random() < self.loss:
-                    self.faults += 1
-                    time.sleep(RETRANSMISSION)
                 if up and self._fault(len(data), source):
-                    return
+                    break
+                pieces.put((time.monotonic() + self.delay, data))
+        pieces.put((0.0, b""))
+
+    def _deliver(self, pieces: queue.Queue[tuple[float, bytes]], sink: socket.socket) -> None:
+        broken = False
+        while piece := pieces.get():
+            due, data = piece
+            if not data:
+                break
+            if broken:
+                continue  # Taken all the same, so that whoever puts them never waits for good.
+            time.sleep(max(0.0, due - time.monotonic()) + (len(data) / self.rate if self.rate else 0.0))
+            if self.loss and self._random.random() < self.loss:
+                self.faults += 1
+                time.sleep(RETRANSMISSION)
+            try:
                 sink.sendall(data)
+            except OSError:
+                broken = True
+        with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
     def _fault(self, count: int, source: socket.socket) -> bool:
@@ -130,7 +149,7 @@ def line(target: str, **faults: object) -> Iterator[Line]:
         laid.close()
 
 
-def through_a_line(large: bool = True, patience: float = 300.0, **faults: object) -> tuple[Outcome, int, str]:
+def through_a_line(large: bool = True, patience: float = 900.0, **faults: object) -> tuple[Outcome, int, str]:
     """A whole run behind a line: its outcome, the faults that happened, and a remark."""
     outcome = Outcome("", "")
     with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LARGE="1" if large else None):
@@ -143,7 +162,8 @@ def through_a_line(large: bool = True, patience: float = 300.0, **faults: object
             twice = laid.upwards - UPLOADED
             if "cuts" in faults and twice > (laid.faults + 1) * CHUNK_BYTES:
                 outcome.wrong.append(f"{twice:,} bytes were sent twice in {laid.faults} cuts")
-            remark = f"{max(twice, 0) / 2**20:.1f} MiB beside the shards" if large else ""
+            share = f", {twice / laid.faults / CHUNK_BYTES:.2f} of a chunk a cut" if "cuts" in faults and laid.faults else ""
+            remark = f"{twice / 2**20:.2f} MiB beside the shards{share}" if large else ""
             return outcome, laid.faults, remark
 
 
@@ -203,31 +223,45 @@ def _set(values: dict[str, str | None]) -> None:
 
 
 #: Bytes from the node before the first upload: calls, handshakes and acknowledgements of three downloads.
-_CALLS = 100_000
+_CALLS = 20_000
 #: A tenth of each of the three uploads.
 _TENTHS = [_CALLS + number * SHARD // 10 for number in range(1, 30)]
 
+
+def _anywhere(seed: int, count: int = 40) -> list[int]:
+    """Bytes from the node, sorted, at `count` places of the whole run."""
+    return sorted(random.Random(seed).sample(range(2_000, UPLOADED), count))
+
+
 FAULTS: dict[str, Callable[[], tuple[Outcome, int, str]]] = {
     "300 ms later, each way": lambda: through_a_line(delay=0.3),
-    "50 kB/s, each way": lambda: through_a_line(large=False, patience=900.0, rate=50_000.0),
-    "5 % loss": lambda: through_a_line(loss=0.05),
-    "a stall in each upload": lambda: through_a_line(stalls=[_CALLS + SHARD * number // 2 for number in (1, 3, 5)]),
+    "50 kB/s, each way": lambda: through_a_line(large=False, rate=50_000.0),
+    "5 % of the pieces late by a retransmission": lambda: through_a_line(loss=0.05),
+    "a stall in the middle of each upload": lambda: through_a_line(
+        stalls=[_CALLS + SHARD * number // 2 for number in (1, 3, 5)]),
     "a cut at each tenth of the uploads": lambda: through_a_line(cuts=list(_TENTHS)),
-    "every second reply lost": lost_replies,
+    **{f"40 cuts anywhere ({seed})": lambda seed=seed: through_a_line(cuts=_anywhere(seed)) for seed in range(5)},  # type: ignore[misc]
+    "every second reply of every call lost": lost_replies,
     "the coordinator moves to its other address": another_address,
 }  # fmt: skip
 
 
 def main() -> int:
     """Every fault, a table, and what went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only the lines whose name holds these words")
+    only = parser.parse_args().only
     print("| the line | faults | | lost, doubled or stuck | seconds |\n|---|---|---|---|---|")
-    bad = 0
+    bad = total = 0
     for name, make in FAULTS.items():
+        if only not in name:
+            continue
         begun = time.monotonic()
         outcome, faults, remark = make()
-        bad += bool(outcome.wrong)
+        bad, total = bad + bool(outcome.wrong), total + faults
         print(f"| {name} | {faults} | {remark} | {'; '.join(outcome.wrong) or 'nothing'} | {time.monotonic() - begun:.0f} |",
               flush=True)  # fmt: skip
+    print(f"| **all** | **{total}** | | **{bad}** | |")
     return 1 if bad else 0
 
 

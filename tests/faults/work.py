@@ -1,6 +1,8 @@
 """The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`.
 
-FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out.
+FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out;
+FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its directory. While ROOT holds a file `hold`, training
+stands still after its first step.
 """
 
 from __future__ import annotations
@@ -11,18 +13,21 @@ import json
 import os
 from pathlib import Path
 import sys
+import threading
 from typing import Any
 
 import grpc
 import numpy as np
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from coordinator import blobs
 from coordinator.serve import OFF, Coordinator
+from forge.checkpoint.safetensors_header import read_header
 from forge.config import parse_config
 from forge.errors import report_errors
-from forge.files import RunDirectory, read_json, write_bytes, write_json
+from forge.files import RunDirectory, write_bytes, write_json
 from forge.invitation import Invitation
+from forge.model import names
 from node import client, link
 from node.cli import run_node
 from node.preferences import load_preferences
@@ -31,12 +36,14 @@ from tests.coordinator.fakes import FakeJobs, make_shard
 from tests.faults import points
 
 STEPS = 3
-LISTEN_FILE, INVITATION_FILE, RECEIPTS_FILE = "listen", "invitation", "receipts"
+LISTEN_FILE, INVITATION_FILE, RECEIPTS_FILE, HOLD_FILE = "listen", "invitation", "receipts", "hold"
 
 
 def choose_size(large: bool) -> None:
     """Have this process work on shards of one chunk, or of twelve."""
-    fakes.CONFIG = parse_config(_SMALL.model_dump() | {"model": _SMALL.model.model_dump() | ({"d_ff": 49_152} if large else {})})
+    model = _SMALL.model.model_dump() | ({"d_ff": 12_288} if large else {})
+    fleet = {"lease_seconds": float(os.environ.get("FAULTS_LEASE", _SMALL.fleet.lease_seconds))}
+    fakes.CONFIG = parse_config(_SMALL.model_dump() | {"model": model, "fleet": fleet})
 
 
 _SMALL = fakes.CONFIG
@@ -57,6 +64,13 @@ def shard_of(root: Path, partition: int) -> dict[str, np.ndarray]:
     return found
 
 
+def _weights() -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint; what training has come to is in its metadata."""
+    shapes = names.ffn_tensors(fakes.CONFIG.model)
+    return {f"{kind.format(name)}": np.zeros(shape, np.float32) for name, shape in shapes.items()
+            for kind in ("model.{}", "optimizer.{}.momentum_buffer")}  # fmt: skip
+
+
 class ChainedJob:
     """Trains in steps of which each needs the one before, with a checkpoint after each."""
 
@@ -68,19 +82,27 @@ class ChainedJob:
         self._partition = int(self._assignment["partition"])
         self._checkpoint = self._directory / "checkpoint.safetensors"
         self.pid = os.getpid()
+        self._told, self._state, self._step = threading.Event(), "", 0
 
     def events(self) -> Iterator[dict[str, Any]]:
         held: dict[str, Any] = {"step": 0, "state": state_at(self._partition, 0)}
         if self._checkpoint.is_file():
-            held = read_json(self._checkpoint)
+            held = json.loads(read_header(self._checkpoint).metadata["facts"])
         for step in range(int(held["step"]), STEPS):
             held = {"step": step + 1, "state": hashlib.sha256(f"{held['state']} {step}".encode()).hexdigest()}
-            write_json(self._checkpoint, held)
+            write_bytes(self._checkpoint, save(_weights(), {"facts": json.dumps(held)}))
+            self._step = step + 1
             yield {"event": "progress", "stage": "expert", "step": step + 1, "steps": STEPS, "loss": 1.0,
                    "tokens_per_second": 10.0, "resident_bytes": 1 << 20, "message": None}  # fmt: skip
+            while (self._root / HOLD_FILE).exists() and not self._told.wait(0.05):
+                pass
+            if self._told.is_set():
+                return
         self._state = held["state"]
 
     def result(self) -> dict[str, Any]:
+        if not self._state:
+            return {"step": self._step, "steps": STEPS, "loss": 1.0, "peak_bytes": 1, "predicted_bytes": 1, "finished": False}
         shard, manifest = self._directory / "shard.safetensors", self._directory / "manifest.json"
         data = make_shard(RunDirectory(self._root / "run"), self._partition, seed=int(self._state[:8], 16))
         write_bytes(shard, data)
@@ -89,7 +111,8 @@ class ChainedJob:
                 "shard": str(shard), "manifest": str(manifest), "sha256": hashlib.sha256(data).hexdigest()}  # fmt: skip
 
     def finish(self) -> None:
-        """Nobody asks for it here."""
+        """Stop after this step."""
+        self._told.set()
 
     kill = finish
 
@@ -114,8 +137,9 @@ def work(root: Path) -> int:
     link.__dict__["open_channel"] = lambda *more: grpc.intercept_channel(opened(*more), points.ClientPoints())
     _note_receipts(root)
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
-    preferences = load_preferences(None, root / "node", {"ram": "2G", "threads": 1, "device": "cpu", "name": "tester"})
-    return run_node(link.Link(None, data_dir=root / "node", invitation=invitation), preferences, root / "node", False,
+    name = os.environ.get("FAULTS_NODE", "node")
+    preferences = load_preferences(None, root / name, {"ram": "2G", "threads": 1, "device": "cpu", "name": name})
+    return run_node(link.Link(None, data_dir=root / name, invitation=invitation), preferences, root / name, False,
                     lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 from forge.errors import MemoryBudgetError, ProtocolError, ShardError, StorageError, TrainingError
 from forge.train.memory import candidates, format_size, plan
 from node.agent import Agent
-from node.cache import exclusive
+from node.cache import claimed
 from node.client import FleetClient
 from node.console import Console
 from node.identity import Identity
@@ -238,7 +238,7 @@ def test_a_shard_damaged_on_disk_is_made_again(node: Node, coordinator: FakeCoor
 
 
 def test_one_agent_a_data_directory(node: Node, coordinator: FakeCoordinator) -> None:
-    with exclusive(node.data_dir), pytest.raises(StorageError, match="--data-dir"):
+    with claimed(node.data_dir), pytest.raises(StorageError, match="--data-dir"):
         node.run(coordinator.address)
     assert coordinator.calls == []
 

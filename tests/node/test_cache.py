@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from forge.errors import StorageError
-from node.cache import CHILD_FILE, FORGET_SECONDS, Cache, Submission, end_orphan, exclusive, note_child
+from node.cache import CHILD_FILE, FORGET_SECONDS, Cache, Submission, claimed, end_orphan, note_child
 from node.messages import Assignment, Blob
 
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_found_before_the_download(tmp_path: Path, connect: objec
 
 
 def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
-    with exclusive(tmp_path), pytest.raises(StorageError, match="Another forge-node"), exclusive(tmp_path):
+    with claimed(tmp_path), pytest.raises(StorageError, match="Another forge-node"), claimed(tmp_path):
         pass
-    with exclusive(tmp_path):
+    with claimed(tmp_path):
         pass

@@ -12,6 +12,7 @@ from forge.config import ModelConfig, PhaseConfig
 from forge.model.lm import DenseLM
 from forge.router.context import add_context, count_tokens, evidence, running_mean
 from forge.router.fit import bayes_rows
+from forge.router.stage import temperatures
 from forge.router.statistics import Array, gate_inputs
 from forge.train.loss import chunked_cross_entropy
 from forge.train.optim import Optimizer
@@ -164,3 +165,15 @@ def test_without_channels_or_with_one_partition_nothing_changes(channels: int, p
     add_context(model, counts(partitions), everything())
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert not bayes_rows(model.config, counts(partitions)).any()
+
+
+def test_a_share_of_the_held_out_tokens_gives_nearly_the_same_temperatures(model: DenseLM) -> None:
+    counts_KV = counts()
+    add_context(model, counts_KV, everything())
+    rows = [bayes_rows(model.config, counts_KV)] * model.config.n_layers
+    held_out = [text(partition, 3, 100) for partition in range(PARTITIONS)]
+    factors, accuracies = temperatures(model, rows, held_out)
+    some_factors, some_accuracies = temperatures(model, rows, held_out, 0.25)
+    assert some_factors != factors
+    assert some_factors == pytest.approx(factors, rel=0.1)
+    assert some_accuracies == pytest.approx(accuracies, abs=0.03)

@@ -67,6 +67,10 @@ def test_every_stage_of_the_billion_fits_eight_gigabytes() -> None:
         assert predict(config, stage).peak_bytes < 8 << 30
 
 
+def test_a_thousand_partitions_are_routed_within_eight_gigabytes() -> None:
+    assert predict(load_config("default", ["model.n_experts=1000"]), "router").peak_bytes < 8 << 30
+
+
 @pytest.mark.parametrize("stage", ["shared", "expert"])
 def test_less_memory_means_smaller_micro_batches_then_recomputation(stage: Stage) -> None:
     options = list(candidates(load_config("default"), stage))
@@ -136,9 +140,10 @@ def test_the_printed_plan_marks_the_chosen_plan_and_what_does_not_fit() -> None:
     lines = list(plan_lines(config, shared[1].peak_bytes, rate=1e11))
     assert [line.split()[:3] for line in lines if line.startswith(">")] == [[">", "shared", "1"], [">", "expert", "2"]]
     assert all(any(line[2:].startswith(stage) for line in lines) for stage in STAGES)
-    printed = []
+    printed, config = [], load_config("billion")
+    too_little = list(candidates(config, "shared"))[-1].peak_bytes - 1
     with pytest.raises(MemoryBudgetError, match="Training the shared components .* use --ram"):
-        for line in plan_lines(config, shared[-1].peak_bytes - 1, rate=1e11):
+        for line in plan_lines(config, too_little, rate=1e11):
             printed.append(line)
     assert [line.split()[1] for line in printed if line.startswith("!")] == ["shared"]
 

@@ -325,6 +325,7 @@ class ExpertWork(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     SHARED_FFN_FIELD_NUMBER: _builtins.int
     TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     partition: _builtins.int
     partition_tokens: _builtins.int
     @_builtins.property
@@ -335,6 +336,10 @@ class ExpertWork(_message.Message):
     def shared_ffn(self) -> Global___Blob: ...
     @_builtins.property
     def train_tokens(self) -> Global___Blob: ...
+    @_builtins.property
+    def checkpoint(self) -> Global___Blob:
+        """Where another node left off: safetensors, as training writes them. Absent when nobody left anything."""
+
     def __init__(
         self,
         *,
@@ -343,12 +348,15 @@ class ExpertWork(_message.Message):
         shared: Global___Blob | None = ...,
         shared_ffn: Global___Blob | None = ...,
         train_tokens: Global___Blob | None = ...,
+        checkpoint: Global___Blob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared", b"shared", "shared_ffn", b"shared_ffn", "train_tokens", b"train_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint", "checkpoint", b"checkpoint", "shared", b"shared", "shared_ffn", b"shared_ffn", "train_tokens", b"train_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "partition_tokens", b"partition_tokens", "shared", b"shared", "shared_ffn", b"shared_ffn", "train_tokens", b"train_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint", "checkpoint", b"checkpoint", "partition", b"partition", "partition_tokens", b"partition_tokens", "shared", b"shared", "shared_ffn", b"shared_ffn", "train_tokens", b"train_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checkpoint: _TypeAlias = _typing.Literal["checkpoint"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint) -> _WhichOneofReturnType__checkpoint | None: ...
 
 Global___ExpertWork: _TypeAlias = ExpertWork  # noqa: Y015
 
@@ -501,19 +509,23 @@ class OpenUploadRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     sha256: _builtins.str
     size: _builtins.int
+    checkpoint: _builtins.bool
+    """Whether it is a checkpoint to be handed over, and not a shard."""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         sha256: _builtins.str = ...,
         size: _builtins.int = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "lease_id", b"lease_id", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -697,17 +709,21 @@ class ReleaseRequest(_message.Message):
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_SHA256_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     reason: _builtins.str
+    checkpoint_sha256: _builtins.str
+    """sha256 (hex) of an uploaded checkpoint that another node may go on from; empty for none."""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        checkpoint_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_sha256", b"checkpoint_sha256", "lease_id", b"lease_id", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -139,7 +139,7 @@ class FleetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Give a lease back unfinished.
+        """Give a lease back unfinished, with or without what was trained so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,7 +57,7 @@ class FleetServiceStub:
     Commit: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.CommitRequest, _fleet_pb2.CommitResponse]
     """Hand the uploaded shard in; ask again to learn the verdict."""
     Release: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ReleaseRequest, _fleet_pb2.ReleaseResponse]
-    """Give a lease back unfinished."""
+    """Give a lease back unfinished, with or without what was trained so far."""
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -84,7 +84,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
     Commit: _aio.UnaryUnaryMultiCallable[_fleet_pb2.CommitRequest, _fleet_pb2.CommitResponse]  # type: ignore[assignment]
     """Hand the uploaded shard in; ask again to learn the verdict."""
     Release: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ReleaseRequest, _fleet_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Give a lease back unfinished."""
+    """Give a lease back unfinished, with or without what was trained so far."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a node calls. All calls but Join carry the credential as metadata `forge-credential`.
@@ -156,6 +156,6 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ReleaseResponse, _abc.Awaitable[_fleet_pb2.ReleaseResponse]]:
-        """Give a lease back unfinished."""
+        """Give a lease back unfinished, with or without what was trained so far."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

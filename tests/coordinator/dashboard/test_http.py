@@ -21,6 +21,7 @@ from coordinator.cli import main
 from coordinator.dashboard import app, metrics, server
 from coordinator.serve import Coordinator
 from forge.errors import ConfigError, NetworkError
+from forge.invitation import Invitation
 from tests.coordinator.conftest import World
 from tests.coordinator.fakes import CONFIG, FakeJobs, make_shard, until
 
@@ -350,6 +351,34 @@ def test_on_all_addresses_any_name_is_answered(make_world: Callable[[], World]) 
     world.start(dashboard="0.0.0.0:0")
     assert get(page_port(world), "/healthz", Host="desktop.lan")[0].status == 200
     assert any("WARNING: anybody who reaches" in line for line in world.said)
+
+
+def test_the_invitation_is_shown_to_who_has_the_key_and_is_nowhere_else(make_world: Callable[[], World]) -> None:
+    world = make_world()
+    world.start(dashboard=LOCAL, invite=3)
+    (line,) = [said.partition(":  ")[2] for said in world.said if "to send to a friend" in said]
+    (url,) = [said.split()[2] for said in world.said if said.startswith("to watch:")]
+    key, port = url.partition("#")[2], page_port(world)
+    assert Invitation.parse(line.split()[2]).addresses and line.startswith("forge-node join forge1_")
+    for sent in ("", key, "Bearer ", f"Bearer {key[:-1]}", f"Bearer {key}x", "Bearer é"):
+        answer, body = get(port, "/invitation", authorization=sent)
+        assert answer.status == 403 and "forge1_" not in body
+    answer, body = get(port, "/invitation", authorization=f"Bearer {key}")
+    shown = json.loads(body)
+    assert answer.status == 200 and shown["line"] == line and shown["svg"].startswith("<svg")
+    secret = line.split()[2]
+    assert all(secret not in get(port, path)[1] for path in ("/", "/metrics", "/healthz"))
+    assert key not in (world.root / "coordinator.json").read_text()
+    kept = [path for path in world.root.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert kept == []
+
+
+def test_a_page_without_encryption_on_a_network_shows_no_invitation(make_world: Callable[[], World]) -> None:
+    world = make_world()
+    world.start(dashboard="0.0.0.0:0", invite=1)
+    assert get(page_port(world), "/invitation")[0].status == 404
+    (url,) = [said for said in world.said if said.startswith("to watch:")]
+    assert "#" not in url and any("to send to a friend" in said for said in world.said)
 
 
 def test_off_means_that_its_libraries_are_not_even_imported(tmp_path: Path) -> None:

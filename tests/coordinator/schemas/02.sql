@@ -17,6 +17,28 @@ CREATE TABLE evaluations (
 	UNIQUE (experts, final)
 );
 INSERT INTO "evaluations" VALUES(1,0,0,'{"mean_perplexity": 36.0}',1000000.0);
+CREATE TABLE handovers (
+	id INTEGER NOT NULL, 
+	slot INTEGER, 
+	sha256 VARCHAR(64) NOT NULL, 
+	size INTEGER NOT NULL, 
+	step INTEGER NOT NULL, 
+	lease_id VARCHAR(32) NOT NULL, 
+	node_id VARCHAR(16) NOT NULL, 
+	spoiled BOOLEAN NOT NULL, 
+	PRIMARY KEY (id), 
+	UNIQUE (slot), 
+	FOREIGN KEY(slot) REFERENCES partitions (id), 
+	FOREIGN KEY(lease_id) REFERENCES leases (id), 
+	FOREIGN KEY(node_id) REFERENCES nodes (id)
+);
+CREATE TABLE inheritances (
+	lease_id VARCHAR(32) NOT NULL, 
+	handover INTEGER NOT NULL, 
+	PRIMARY KEY (lease_id), 
+	FOREIGN KEY(lease_id) REFERENCES leases (id), 
+	FOREIGN KEY(handover) REFERENCES handovers (id)
+);
 CREATE TABLE invitations (
 	id VARCHAR(8) NOT NULL, 
 	sha256 VARCHAR(64) NOT NULL, 
@@ -112,4 +134,5 @@ INSERT INTO "shards" VALUES(1,0,0,'ca978112ca1bbdcafac231b39a23dc4da786eff8147c4
 INSERT INTO "shards" VALUES(2,1,NULL,'3e23e8160039594a33894f6564e1b1348bbd7a0088d42c4acb73eeaed59c009d',100,'cd65db86be764725bd91f54abbabb598','b',X'7B22746F6B656E735F7365656E223A20313030307D',X'00000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000','rejected',1,'["no better"]',0,NULL,NULL,1000000.0,1000000.0);
 CREATE INDEX ix_leases_partition ON leases (partition);
 CREATE INDEX ix_leases_node_id ON leases (node_id);
+CREATE INDEX ix_handovers_node_id ON handovers (node_id);
 COMMIT;

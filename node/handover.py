@@ -1,0 +1,48 @@
+"""An unfinished expert that goes from one node to the next: `forge-node finish --now` leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from forge.config import RunConfig
+from forge.errors import AccessError, ProtocolError, ShardError
+from node.cache import CHECKPOINT_FILE, Cache
+from node.client import FleetClient, OnBytes
+from node.messages import Assignment
+
+
+def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Go on from what another node left of an expert, if this one has no checkpoint of its own.
+
+    Raises:
+        ForgeError: it could not be downloaded.
+    """
+    left, partition = assignment.checkpoint, assignment.partition
+    if left is None or (cache.work_dir(partition) / CHECKPOINT_FILE).is_file():
+        return
+    from forge.checkpoint.handover import check_checkpoint  # It imports NumPy, which an agent can do without.
+
+    path = cache.fetch(client, left)
+    try:
+        step = check_checkpoint(path, config)
+    except ShardError as error:
+        path.unlink(missing_ok=True)
+        return say(f"What another node left of partition {partition} is of no use: {error}")
+    cache.inherit(partition, path)
+    say(f"Another node left partition {partition} at step {step:,}.")
+
+
+def hand_over(assignment: Assignment, cache: Cache, client: FleetClient, say: Callable[[str], None], on_bytes: OnBytes) -> bool:
+    """Leave the checkpoint to the next node, and the lease with it; False when there is none, or it is not wanted."""
+    partition = assignment.partition
+    checkpoint = cache.work_dir(partition) / CHECKPOINT_FILE
+    if not checkpoint.is_file():
+        return False
+    try:
+        client.hand_over(assignment.lease_id, checkpoint, on_bytes)
+    except (ProtocolError, AccessError, ShardError) as error:
+        say(f"Partition {partition} could not be handed over: {error}")
+        return False
+    cache.finish(partition)
+    say(f"Partition {partition} is handed over: another node goes on from there.")
+    return True
