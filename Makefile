@@ -3,7 +3,7 @@ VENV := $(abspath .venv)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-network test-lan test-llama soak fuzz check docs format clean
+.PHONY: demo test test-faults test-network test-lan test-llama fuzz soak check docs format clean
 .PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
 	bench-prepare bench-memory bench-startup bench-attacks
 

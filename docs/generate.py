@@ -48,6 +48,7 @@ _WORDS = {
     "INVITATION": "what `forge-coordinator token create` printed; it begins with `forge1_`",
     "[INVITATION|ADDRESS]": "an invitation, or HOST or HOST:PORT where the coordinator is now",
     "USES": "how many nodes an invitation lets in",
+    "[OPTIONS OF JOIN]": "the options of `forge-node join`, but for an invitation",
     "ID": "what `forge-coordinator token list` shows",
     "NAME": "what `forge-coordinator nodes list` shows: a node's name or id",
 }

@@ -232,6 +232,32 @@ def doctor(where: str | None, token: str | None, data_dir: Path | None, insecure
     sys.exit(any(finding.state == "broken" for finding in findings))
 
 
+@main.command("install-service", context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF JOIN]...")
+@click.option("--uninstall", is_flag=True, help="Remove the service's file.")
+@report_errors()
+def install_service(options: tuple[str, ...], uninstall: bool) -> None:
+    """Write a systemd service of yours that runs `forge-node join` with these options. It starts nothing by itself.
+
+    The node must have joined once: the service takes no invitation, which would stand in its file for everybody to read.
+    """
+    from node import service
+    from node.link import BOOK_FILE
+
+    if uninstall:
+        click.echo(f"Removed {service.uninstall()}. What still runs ends with:  systemctl --user stop {service.UNIT_NAME}")
+        return
+    given = join.make_context("forge-node join", list(options), resilient_parsing=False).params
+    here = (given["data_dir"] or default_data_dir()).resolve()
+    if given["where"] or given["token"] or not (here / BOOK_FILE).is_file():
+        raise ConfigError(f"A service takes no invitation and no address: join once with `forge-node join INVITATION "
+                          f"--data-dir {here}`, stop it, and leave them out here.")  # fmt: skip
+    path = service.install((*(() if given["data_dir"] else ("--data-dir", str(here))), *options))
+    click.echo(f"Wrote {path}. To start it now and whenever you log in:\n\n  systemctl --user daemon-reload\n"
+               f"  systemctl --user enable --now {service.UNIT_NAME}\n\n"
+               "and to have it run while you are logged out too:  loginctl enable-linger")  # fmt: skip
+
+
 def parse_duration(text: str) -> float:
     """Seconds from `30s`, `90m`, `2h` or `1d`.
 
