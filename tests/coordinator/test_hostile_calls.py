@@ -39,6 +39,8 @@ def values(field: FieldDescriptor, known: dict[str, Any]) -> st.SearchStrategy[A
     elif field.type in _WHOLE:
         low, high = _WHOLE[field.type]
         any_value = st.integers(low, high) | st.sampled_from([low, high, 0, 1, 2, 3])
+    elif field.type == FieldDescriptor.TYPE_BOOL:
+        any_value = st.booleans()
     elif field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT):
         any_value = st.floats(width=32)
     else:
