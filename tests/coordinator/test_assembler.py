@@ -40,7 +40,9 @@ class Bench:
         self.state = State(self.run.database, lease_seconds=LEASE_SECONDS, clock=self.clock)
         self.state.open_partitions((self.run.marker("publish") or {})["partitions"])
         self.key = Ed25519PrivateKey.from_private_bytes(bytes(32))
-        self.state.register_node("a", self.key.public_key().public_bytes_raw(), "laptop", {})
+        public = self.key.public_key().public_bytes_raw()
+        self.laptop = node_id_of(public)
+        self.state.register_node(self.laptop, public, "laptop", {})
         self.pushed: list[str] = []
         self.push_errors: list[ForgeError] = []
         self.restart()
@@ -56,10 +58,11 @@ class Bench:
         self.pushed.append(message)
         return "https://hub/commit"
 
-    def hand_in(self, partition: int, shard: bytes | None = None, node: str = "a") -> str:
+    def hand_in(self, partition: int, shard: bytes | None = None, node: str = "") -> str:
         shard = shard or make_shard(self.run, partition)
         path = self.run.work / "shard"
         path.write_bytes(shard)
+        node = node or self.laptop
         lease = self.state.grant(node, [partition])
         assert lease is not None and lease.partition == partition
         sha256 = self.run.blobs.adopt(path)
@@ -104,7 +107,7 @@ def test_shards_are_judged_assembled_and_evaluated_in_the_order_they_came(bench:
     assert (credit["node_name"], credit["tokens"], credit["loss"]) == ("laptop", 1000, 3.0)
     found = verify(bench.run.model)
     assert found.problems == []
-    signed = {link.what for link in found.links if link.by == f"node {node_id_of(bench.key.public_key().public_bytes_raw())}"}
+    signed = {link.what for link in found.links if link.by == f"node {bench.laptop}"}
     assert signed == {"expert-000.safetensors", "expert-002.safetensors"}
 
 
@@ -166,7 +169,7 @@ def test_an_accepted_experts_tensors_are_no_second_expert_whatever_their_header_
     assert "the very tensors of the accepted expert 1" in reason
     assert "validate" not in bench.jobs.calls
     # The same partition again is another matter: training is deterministic, so two nodes can make the same shard.
-    bench.state.revoke("a", drop_shards=True)
+    bench.state.revoke(bench.laptop, drop_shards=True)
     bench.state.register_node("b", bytes(32), "desktop", {})
     bench.settle()
     bench.hand_in(1, renamed_expert(bench, 1, to=1, note="of another node"), node="b")
