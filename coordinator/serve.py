@@ -357,7 +357,8 @@ def _signals(stop: Callable[[], None]) -> Iterator[list[int]]:
         if received:
             os._exit(128 + number)
         received.append(number)
-        stop()
+        # Not from here: the main thread may hold the lock of the very event that this sets, and would wait for itself.
+        threading.Thread(target=stop, daemon=True).start()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

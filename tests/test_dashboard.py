@@ -177,7 +177,7 @@ def test_a_person_watches_a_run(fleet: Fleet, browser: Browser) -> None:
         watched.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         watched.page.set_viewport_size({"width": width, "height": 800})
         assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
-    parts = ("", "page.css", "page.js", "prompt.js", "events", "prompt")
+    parts = ("", "page.css", "page.js", "prompt.js", "invite.js", "events", "prompt")
     assert {url.split("?")[0] for url in watched.asked} == {f"http://{fleet.page}/{part}" for part in parts}
     assert [complaint for complaint in watched.complaints if not any(word in complaint for word in AWAY)] == []
 
