@@ -105,7 +105,7 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="The first of them.")
 @click.option("--expert-hours", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True,
               help="Hours in which a usual node trains one expert.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json_option
 @report_errors()
 def simulate(nodes: int, experts: int, churn: tuple[float, ...], seeds: int, seed: int, expert_hours: float,
              as_json: bool) -> None:  # fmt: skip

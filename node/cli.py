@@ -247,10 +247,10 @@ def install_service(options: tuple[str, ...], uninstall: bool) -> None:
     if uninstall:
         click.echo(f"Removed {service.uninstall()}. What still runs ends with:  systemctl --user stop {service.UNIT_NAME}")
         return
-    given = join.make_context("forge-node join", list(options), resilient_parsing=False).params
+    given = join.make_context("forge-node join", list(options)).params
     here = (given["data_dir"] or default_data_dir()).resolve()
     if given["where"] or given["token"] or not (here / BOOK_FILE).is_file():
-        raise ConfigError(f"A service takes no invitation and no address: join once with `forge-node join INVITATION "
+        raise ConfigError("A service takes no invitation and no address: join once with `forge-node join INVITATION "
                           f"--data-dir {here}`, stop it, and leave them out here.")  # fmt: skip
     path = service.install((*(() if given["data_dir"] else ("--data-dir", str(here))), *options))
     click.echo(f"Wrote {path}. To start it now and whenever you log in:\n\n  systemctl --user daemon-reload\n"
