@@ -40,14 +40,14 @@ def main() -> int:
     """Run what is missing, seed by seed, and write the tables after every row."""
     options = _options()
     torch.set_num_threads(options.threads)
-    results: list[dict[str, Any]] = _known(options)
     for found in _measure(options):
-        results = [row for row in results if _key(row) != _key(found)] + [found]
+        # Read again each time: another seed may be measured beside this one.
+        results = [row for row in _known(options) if _key(row) != _key(found)] + [found]
         options.results.mkdir(parents=True, exist_ok=True)
         write_json(options.results / "quality.json", sorted(results, key=_key))
         (options.results / "quality.md").write_text(tables.markdown(results), encoding="utf-8")
         print(tables.line(found), flush=True)
-    tables.plots(results, options.results)
+    tables.plots(_known(options), options.results)
     return 0
 
 

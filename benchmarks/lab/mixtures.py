@@ -20,6 +20,18 @@ from forge.evaluate.perplexity import Loss, measure
 from forge.model.attention import rotary_tables
 from forge.model.lm import DenseLayer, DenseLM, LanguageModel
 
+
+def matrices(ffn: State, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """w1, w3 and w2 of a layer."""
+    w1, w3, w2 = (ffn[f"model.layers.{layer}.mlp.{name}.weight"] for name in ("w1", "w3", "w2"))
+    return w1, w3, w2
+
+
+def swiglu(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """An expert's output on (..., D)."""
+    return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+
+
 Gate = Callable[[int, Tensor], Tensor]
 """(layer, gate input (B, T, D)) -> weights (B, T, E), which sum to 1."""
 
@@ -30,8 +42,7 @@ class GatedMixture(nn.Module):
     def __init__(self, base: DenseLM, experts: Sequence[State], gate: Gate) -> None:
         super().__init__()
         self.base, self.gate = base, gate
-        self.experts = [[tuple(expert[f"model.layers.{layer}.mlp.{name}.weight"] for name in ("w1", "w3", "w2"))
-                         for expert in experts] for layer in range(base.config.n_layers)]  # fmt: skip
+        self.experts = [[matrices(expert, layer) for expert in experts] for layer in range(base.config.n_layers)]
 
     @property
     def head_weight(self) -> Tensor:
@@ -53,7 +64,7 @@ class GatedMixture(nn.Module):
             for number, (w1, w3, w2) in enumerate(self.experts[index]):
                 share = weights_BTE[..., number : number + 1]
                 if bool((share != 0).any()):
-                    x_BTD = x_BTD + share * ((F.silu(gate_BTD @ w1.T) * (gate_BTD @ w3.T)) @ w2.T)
+                    x_BTD = x_BTD + share * swiglu(gate_BTD, w1, w3, w2)
         hidden_BTD: Tensor = self.base.model.norm(x_BTD)
         return hidden_BTD
 

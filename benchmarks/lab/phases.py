@@ -55,17 +55,18 @@ def phase(setting: Setting, steps: int, rate: float, decay: float = DECAY, warmu
 
 
 def run_phase(setting: Setting, model: DenseLM, sampler: SequenceSampler, config: PhaseConfig, directory: Path,
-              until: int | None = None) -> LoopResult:  # fmt: skip
+              until: int | None = None, batch_size: int | None = None) -> LoopResult:  # fmt: skip
     """Train through the product's own loop, to the end of the phase or to the step `until`."""
     reached = 0
+    batch_size = batch_size or setting.scale.batch_size
 
     def progress(step: int = 0, **_: object) -> None:
         nonlocal reached
         reached = step
 
     return train(model, sampler, LoopSettings(
-        phase=config, batch_size=setting.scale.batch_size, sequence_length=setting.scale.seq_len,
-        micro_batch=min(MICRO_BATCH, setting.scale.batch_size), directory=directory, checkpoint_seconds=60.0,
+        phase=config, batch_size=batch_size, sequence_length=setting.scale.seq_len,
+        micro_batch=min(MICRO_BATCH, batch_size), directory=directory, checkpoint_seconds=60.0,
         stage=directory.name), progress, lambda: until is not None and reached >= until)  # fmt: skip
 
 
@@ -154,6 +155,8 @@ class Recipe:
     """Peak learning rate, as a multiple of the scale's for experts."""
     decay: float = 1.0
     """Share of the steps in which the rate falls to zero."""
+    batch: int | None = None
+    """Sequences of an optimiser step, for the same tokens; the scale's if None."""
     optimizer: Literal["muon", "adamw"] = "muon"
     init: Literal["copy", "random"] = "copy"
     general: float = 0.0
@@ -234,29 +237,37 @@ def expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], 
     """
 
     def make() -> State:
-        model = copy.deepcopy(base)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".mlp." in name)
-        layers = [cast(DenseLayer, layer) for layer in model.model.layers]
-        if recipe.init == "random":
-            fresh = dense_model(setting).state_dict()
-            model.load_state_dict({**model.state_dict(), **{name: t for name, t in fresh.items() if ".mlp." in name}})
-        if recipe.gated:
-            for layer, rows_ED in zip(layers, router(), strict=True):
-                layer.mlp = GatedFFN(layer.mlp, rows_ED, number)
-        seed = setting.seed * 1000 + number + 100 * recipe.volunteer
-        sampler = setting.sampler(documents, seed)
-        everybody = setting.documents(TRAIN)
-        if recipe.openings:
-            other: SequenceSampler = OpeningSampler(setting.corpus, setting.scale.seq_len, seed, END_OF_TEXT_ID, everybody)
-            sampler = MixedSampler(setting, documents, seed, recipe.openings, other)
-        elif recipe.general:
-            sampler = MixedSampler(setting, documents, seed, recipe.general, setting.sampler(everybody, seed))
-        config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
-                       warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip
-        work = path.with_suffix(".work")
-        run_phase(setting, model, sampler, config, work)
-        shutil.rmtree(work)
-        return {name: t for name, t in state_of(model).items() if ".mlp." in name}
+        state = train_expert(setting, base, documents, steps, path, number, recipe, router)
+        shutil.rmtree(path.with_suffix(".work"))
+        return state
 
     return kept(path, make)
+
+
+def train_expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.integer], steps: int, path: Path, number: int,
+                 recipe: Recipe, router: Callable[[], Sequence[Tensor]], until: float = 1.0) -> State:  # fmt: skip
+    """The FFNs of an expert after a share `until` of its steps, from the checkpoint beside `path` on if there is one."""
+    model = copy.deepcopy(base)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    layers = [cast(DenseLayer, layer) for layer in model.model.layers]
+    if recipe.init == "random":
+        fresh = dense_model(setting).state_dict()
+        model.load_state_dict({**model.state_dict(), **{name: t for name, t in fresh.items() if ".mlp." in name}})
+    if recipe.gated:
+        for layer, rows_ED in zip(layers, router(), strict=True):
+            layer.mlp = GatedFFN(layer.mlp, rows_ED, number)
+    seed = setting.seed * 1000 + number + 100 * recipe.volunteer
+    sampler = setting.sampler(documents, seed)
+    everybody = setting.documents(TRAIN)
+    if recipe.openings:
+        other: SequenceSampler = OpeningSampler(setting.corpus, setting.scale.seq_len, seed, END_OF_TEXT_ID, everybody)
+        sampler = MixedSampler(setting, documents, seed, recipe.openings, other)
+    elif recipe.general:
+        sampler = MixedSampler(setting, documents, seed, recipe.general, setting.sampler(everybody, seed))
+    config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
+                   warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip
+    batch_size = recipe.batch or setting.scale.batch_size
+    until_step = round(until * steps * setting.scale.batch_size / batch_size)
+    run_phase(setting, model, sampler, config, path.with_suffix(".work"), until=until_step, batch_size=batch_size)
+    return {name: t for name, t in state_of(model).items() if ".mlp." in name}

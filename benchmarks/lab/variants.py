@@ -9,12 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.lab import mixtures, rivals
-from benchmarks.lab.phases import Recipe
+from benchmarks.lab.phases import Recipe, State, dense_model, expert
+from benchmarks.lab.relabel import Relabelled
 from benchmarks.lab.rows import Point, Row, modular_row, result
+from benchmarks.lab.setting import TRAIN, VALIDATION
+from forge.data.packing import batches, pad
+from forge.evaluate.perplexity import measure
 from forge.model.lm import LanguageModel
+from forge.train.loss import IGNORE_INDEX
+
+#: Windows by which an expert's output is scaled.
+CALIBRATION_WINDOWS = 64
 
 Variant = Callable[[Point], tuple[Point, LanguageModel]]
 """The point of the rows -> the changed one and its assembled model."""
@@ -59,10 +71,66 @@ def counted(experts: int, grow: bool = False) -> Variant:
 
 def two_volunteers(point: Point) -> tuple[Point, LanguageModel]:
     """Two experts of each partition, which saw its text in different orders, averaged."""
-    second = replace(point, recipe=Recipe(volunteer=1))
+    second = replace(point, recipe=replace(point.recipe, volunteer=1))
     pairs = [rivals.average({}, pair) for pair in zip(point.experts, second.experts, strict=True)]
     gate = mixtures.top_k_gate(point.router(), point.setting.top_k)
     return point, mixtures.GatedMixture(point.routed, pairs, gate)
+
+
+def better_volunteer(point: Point) -> tuple[Point, LanguageModel]:
+    """Of two experts of each partition the one with the lower loss on its validation documents."""
+    second = replace(point, recipe=replace(point.recipe, volunteer=1))
+
+    def loss(expert: State, partition: int) -> float:
+        model = dense_model(point.setting, {**point.shared, **expert}).eval()
+        windows = point.setting.windows(point.documents(VALIDATION, partition))
+        return measure(model, windows, batch_tokens=2048).nats_per_token
+
+    better = [min(pair, key=lambda expert: loss(expert, k))
+              for k, pair in enumerate(zip(point.experts, second.experts, strict=True))]  # fmt: skip
+    gate = mixtures.top_k_gate(point.router(), point.setting.top_k)
+    return point, mixtures.GatedMixture(point.routed, better, gate)
+
+
+def generalist(trained: bool) -> Variant:
+    """One more routed expert, for which no token is evidence: the shared FFN, or a copy trained on all documents."""
+
+    def make(point: Point) -> tuple[Point, LanguageModel]:
+        one_more = {name: t for name, t in point.shared.items() if ".mlp." in name}
+        if trained:
+            everybody, number = point.setting.documents(TRAIN), point.setting.experts
+            one_more = expert(point.setting, point.base, everybody, point.expert_steps, point.home / "generalist.safetensors",
+                              number, point.recipe, point.router)  # fmt: skip
+        rows = [torch.cat([rows_ED, torch.zeros_like(rows_ED[:1])]) for rows_ED in point.router()]
+        gate = mixtures.top_k_gate(rows, point.setting.top_k)
+        return point, mixtures.GatedMixture(point.routed, [*point.experts, one_more], gate)
+
+    return make
+
+
+def calibrated(point: Point) -> tuple[Point, LanguageModel]:
+    """Every expert scaled, layer by layer, so that its output is as large on its own partition as the shared FFN's is."""
+    experts = []
+    for k, ffn in enumerate(point.experts):
+        gate_inputs: list[Tensor] = []
+        alone = mixtures.GatedMixture(point.base, [ffn], mixtures.constant_gate([1.0]))
+        for batch in batches(islice(point.router_windows(k), CALIBRATION_WINDOWS), 2048):
+            with torch.inference_mode():
+                alone(torch.from_numpy(pad(batch, IGNORE_INDEX)[0]), gate_inputs)
+        changed = {name: tensor.clone() for name, tensor in ffn.items()}
+        for layer in range(point.base.config.n_layers):
+            x_ND = torch.cat([x.flatten(0, 1) for x in gate_inputs[layer :: point.base.config.n_layers]])
+            own, shared = (mixtures.swiglu(x_ND, *mixtures.matrices(weights, layer)).norm() for weights in (ffn, point.shared))
+            changed[f"model.layers.{layer}.mlp.w2.weight"] *= shared / own
+        experts.append(changed)
+    gate = mixtures.top_k_gate(point.router(), point.setting.top_k)
+    return point, mixtures.GatedMixture(point.routed, experts, gate)
+
+
+def relabelled(point: Point) -> tuple[Point, LanguageModel]:
+    """Documents go to the expert that predicts them best, after half of the experts' steps."""
+    changed = Relabelled(point.setting, point.shared_steps, point.expert_steps, point.annealed, point.partition, point.recipe)
+    return changed, changed.ours(point.setting.top_k)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -77,6 +145,10 @@ VARIANTS: dict[str, Variant] = {
     "experts' rate x 2": trained(rate=2.0),
     "experts' rate x 0.5": trained(rate=0.5),
     "experts' rate x 0.25": trained(rate=0.25),
+    "experts in batches of 4": trained(batch=4),
+    "experts in batches of 4, rate x 0.7": trained(batch=4, rate=0.7),
+    "experts in batches of 2, rate x 0.5": trained(batch=2, rate=0.5),
+    "experts in batches of 16, rate x 2": trained(batch=16, rate=2.0),
     "experts trained under their gate": trained(gated=True),
     "an eighth general text": trained(general=0.125),
     "a quarter general text": trained(general=0.25),
@@ -85,6 +157,11 @@ VARIANTS: dict[str, Variant] = {
     "shared phase annealed": placed(annealed=True),
     "shared phase annealed, experts' rate x 0.5": placed(annealed=True, recipe=Recipe(rate=0.5)),
     "two volunteers a partition, averaged": two_volunteers,
+    "two volunteers a partition, the better one": better_volunteer,
+    "one relabelling": relabelled,
+    "a generalist: the shared FFN": generalist(trained=False),
+    "a generalist: trained on all documents": generalist(trained=True),
+    "experts' output as large as the shared FFN's": calibrated,
     "experts decay in the last half": trained(decay=0.5),
     "experts with AdamW": trained(optimizer="adamw"),
     "experts from random weights": trained(init="random"),
