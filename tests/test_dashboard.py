@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import io
 import json
 import os
 from pathlib import Path
@@ -13,10 +14,12 @@ import subprocess
 import sys
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 import psutil
 import pytest
 from safetensors.numpy import save
+import zxingcpp
 
 from coordinator.serve import Coordinator
 from forge import pipeline
@@ -143,6 +146,8 @@ def test_the_operator_sees_the_invitation_and_its_code(tmp_path: Path, browser: 
         watched.sees("#join", "forge-node join forge1_")
         box = watched.page.locator("#qr svg").bounding_box()
         assert box is not None and box["width"] == box["height"] == 240
+        picture = Image.open(io.BytesIO(watched.page.locator("#invite").screenshot()))
+        assert [code.text for code in zxingcpp.read_barcodes(picture)] == [watched.page.locator("#join").inner_text()]
         if directory := os.environ.get("FORGE_SCREENSHOTS"):
             watched.page.screenshot(path=Path(directory) / "invitation.png", full_page=True)
         watched.page.goto(url.partition("#")[0] + "?anew")

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 
+from PIL import Image
 import pytest
+import zxingcpp
 
 from forge.invitation import Invitation
 from tests.commands import Outcome, is_one_sentence, run, tree
@@ -63,6 +65,16 @@ def test_the_string_is_needed_once_and_nothing_is_typed_again(world: World, tmp_
         assert text.encode() not in path.read_bytes() and secret not in path.read_bytes()
     another = run(f"{JOIN.replace('node', 'other').replace('forge-other', 'forge-node')} {text}", tmp_path)
     is_one_sentence(another, "access", "good once and is used up")
+
+
+def test_a_phone_reads_the_code_on_the_terminal(world: World, tmp_path: Path) -> None:
+    made = run(f"forge-coordinator token create --qr --run-dir {world.root}", tmp_path)
+    halves = {" ": (0, 0), "▀": (255, 0), "▄": (0, 255), "█": (255, 255)}  # What a light character leaves of each half.
+    drawn = [[halves[character] for character in line] for line in made.err.splitlines() if line and set(line) <= set(halves)]
+    pixels = bytes(half for line in drawn for row in zip(*line, strict=True) for half in row)
+    picture = Image.frombytes("L", (len(drawn[0]), 2 * len(drawn)), pixels)
+    (code,) = zxingcpp.read_barcodes(picture.resize((8 * picture.width, 8 * picture.height), Image.Resampling.NEAREST))
+    assert code.text == f"forge-node join {made.out.strip()}"
 
 
 def test_the_environment_holds_the_invitation_and_the_training_process_does_not(world: World, tmp_path: Path) -> None:
