@@ -82,15 +82,3 @@ def test_one_file_touches_the_messages_of_the_wire(package: str, gateway: str) -
 def test_the_light_processes_never_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_four_packages_and_nothing_else(tmp_path: Path) -> None:
-    import zipfile
-
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"forge", "coordinator", "node", "modularforge"}
-    assert {"forge/configs/smoke.yaml", "forge/configs/default.yaml", "forge/configs/billion.yaml"} <= set(names)
-    assert {"modularforge/v1/fleet.proto", "coordinator/dashboard/page.html"} <= set(names)

@@ -198,6 +198,17 @@ def test_the_documentation_lists_every_series() -> None:
     assert rows == [(f"`{s.name}`", s.unit, s.labels, s.help) for s in metrics.SERIES]
 
 
+def test_grafana_asks_for_series_and_labels_that_are_exported() -> None:
+    board = json.loads((Path(__file__).resolve().parents[3] / "docs" / "grafana.json").read_text())
+    labels = {series.name: set(series.labels.split(", ")) for series in metrics.SERIES}
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            names = re.findall(r"modularforge_\w+", target["expr"])
+            assert names and set(names) <= set(labels), target
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= set.intersection(*(labels[name] for name in names))
+        assert panel["datasource"] == {"type": "prometheus", "uid": f"${{{board['templating']['list'][0]['name']}}}"}
+
+
 def test_the_page_may_do_nothing_but_read_what_is_its_own(port: int) -> None:
     response, html = get(port)
     assert response.status == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
