@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge.errors import INTERRUPTED, report_errors
+from forge.tracking import track_option
 from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ def main() -> None:
 @click.option("--ram", default=None, metavar="SIZE",
               help="Memory that a stage, a verdict or an evaluation may use, such as 8G; default all there is.")  # fmt: skip
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
+@track_option
 @click.option("--exit-when-done", is_flag=True, help="Exit when every expert is accepted and the model is evaluated.")
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
           dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
-          insecure: int, log_format: LogFormat) -> None:  # fmt: skip
+          insecure: int, log_format: LogFormat, track: str | None) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.addresses import is_loopback, parse_listen
     from coordinator.serve import serve as run
@@ -70,7 +72,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
     if ram_bytes is not None:
         check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard, ram_bytes, announce, invite, log_format)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce, invite, log_format, track)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 

@@ -9,6 +9,7 @@ import threading
 from coordinator.snapshot import Json
 from forge.errors import ForgeError
 from forge.live import Output, View, duration
+from forge.tracking import Tracker, track_evaluations, track_progress
 from forge.train.memory import format_size
 
 #: Seconds between two looks at the run; in JSON an object is printed at every fifth.
@@ -49,13 +50,14 @@ def view(snapshot: Json, ram_bytes: int | None) -> View:
 
 
 @contextmanager
-def watching(out: Output, take: Callable[[], Json], ram_bytes: int | None) -> Iterator[None]:
+def watching(out: Output, take: Callable[[], Json], ram_bytes: int | None, tracker: Tracker | None = None) -> Iterator[None]:
     """Show a run for as long as the block runs: live on a terminal, as `state` objects in JSON, else not at all.
 
     Args:
         out: where.
         take: takes a snapshot.
         ram_bytes: what each job may use.
+        tracker: told the same, each time.
     """
     over = threading.Event()
 
@@ -64,6 +66,8 @@ def watching(out: Output, take: Callable[[], Json], ram_bytes: int | None) -> It
         while not over.is_set():
             with suppress(ForgeError):  # The database was closed or is busy: the next look, or the end, comes soon.
                 snapshot = take()
+                if tracker is not None:
+                    track(tracker, snapshot)
                 out.show(view(snapshot, ram_bytes))
                 if looks % RECORD_EVERY == 0:
                     out.record("state", **{section: snapshot[section] for section in ("phase", "estimate", "quality")})
@@ -71,7 +75,7 @@ def watching(out: Output, take: Callable[[], Json], ram_bytes: int | None) -> It
             over.wait(LOOK_SECONDS)
 
     thread = threading.Thread(target=watch, name="console", daemon=True)
-    if out.live or out.json:
+    if out.live or out.json or tracker is not None:
         thread.start()
     try:
         yield
@@ -79,4 +83,16 @@ def watching(out: Output, take: Callable[[], Json], ram_bytes: int | None) -> It
         over.set()
         if thread.is_alive():
             thread.join(5.0)
+        if tracker is not None:
+            track(tracker, take())  # What happened since the last look, such as the final evaluation.
         out.calm()
+
+
+def track(tracker: Tracker, snapshot: Json) -> None:
+    """Log the coordinator's own training, that of each node, and the perplexity after every shard."""
+    track_progress(tracker, snapshot["phase"] | {"stage": snapshot["phase"]["phase"]})
+    for expert in snapshot["experts"]:
+        if expert["shows"] == "training":
+            track_progress(tracker, {"stage": f"expert {expert['partition']}", "step": expert["step"],
+                                     "loss": expert["training_loss"], "tokens_per_second": expert["tokens_per_second"]})  # fmt: skip
+    track_evaluations(tracker, snapshot["evaluations"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 import logging
 from logging.handlers import RotatingFileHandler
 import os
@@ -51,6 +51,7 @@ from forge.files import RunDirectory, claimed, write_json
 from forge.lan import Announcement, announced, shown
 from forge.live import LogFormat, Output
 from forge.system import peak_resident_bytes
+from forge.tracking import tracking
 from forge.vocabulary import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
           insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None, announce: bool = True,
-          invite: int = 0, log_format: LogFormat = "text") -> int:  # fmt: skip
+          invite: int = 0, log_format: LogFormat = "text", track: str | None = None) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -112,6 +113,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         announce: whether nodes on this network may find it; one that listens on loopback never is announced.
         invite: how many nodes an invitation lets in that is printed; 0 prints none.
         log_format: lines of text or of JSON.
+        track: a tracker of forge/tracking.py that is told losses and perplexities, or None.
         ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
@@ -127,7 +129,8 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
     coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
                               dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite, echo=out,
                               watched=out.live or out.json)  # fmt: skip
-    with _signals(coordinator.stop_soon) as received, coordinator, watching(out, coordinator.snapshot, ram_bytes):
+    with (nullcontext() if track is None else tracking(track, run_dir) as tracker, _signals(coordinator.stop_soon) as received,
+          coordinator, watching(out, coordinator.snapshot, ram_bytes, tracker)):  # fmt: skip
         coordinator.wait()
     return received[0] if received else 0
 

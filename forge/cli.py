@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import json
 from pathlib import Path
 import re
@@ -15,6 +15,7 @@ import click
 from forge.data.cli import data
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
 from forge.terminal import Printer, print_evaluation
+from forge.tracking import track_evaluations, track_option, track_progress, tracking
 from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
 
 if TYPE_CHECKING:
@@ -93,16 +94,25 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
 @main.command()
 @_run_options
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
+@track_option
 @report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
-        device: str, log_format: LogFormat) -> None:  # fmt: skip
+        device: str, log_format: LogFormat, track: str | None) -> None:  # fmt: skip
     """Do everything on this machine: prepare, train, assemble, evaluate."""
     from forge import pipeline
 
     with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
-        with Printer(log_format, ram_bytes=None if ram is None else ram_bytes) as printer:
-            pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device,
-                             on_event=printer)  # fmt: skip
+        with (Printer(log_format, ram_bytes=None if ram is None else ram_bytes) as printer,
+              nullcontext() if track is None else tracking(track, root) as tracker):  # fmt: skip
+
+            def on_event(event: dict[str, Any]) -> None:
+                printer(event)
+                if tracker is not None:
+                    track_progress(tracker, event)
+
+            pipeline.run_all(root, resolved, ram_bytes=ram_bytes, threads=_threads(threads), device=device, on_event=on_event)
+            if tracker is not None:
+                track_evaluations(tracker, json.loads((root / "reports" / "evaluation.json").read_text())["rows"])
         if log_format == "json":
             return printer.out.record("done", model=str(root / "model"))
         print_evaluation(root)
