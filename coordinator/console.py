@@ -93,6 +93,5 @@ def track(tracker: Tracker, snapshot: Json) -> None:
     track_progress(tracker, snapshot["phase"] | {"stage": snapshot["phase"]["phase"]})
     for expert in snapshot["experts"]:
         if expert["shows"] == "training":
-            track_progress(tracker, {"stage": f"expert {expert['partition']}", "step": expert["step"],
-                                     "loss": expert["training_loss"], "tokens_per_second": expert["tokens_per_second"]})  # fmt: skip
+            track_progress(tracker, expert | {"stage": f"expert {expert['partition']}", "loss": expert["training_loss"]})
     track_evaluations(tracker, snapshot["evaluations"])

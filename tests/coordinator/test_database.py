@@ -83,12 +83,15 @@ def restored(dump: Path, path: Path) -> Path:
 
 def schema(path: Path) -> dict[str, Any]:
     """Tables, columns and keys, as SQLAlchemy finds them."""
-    found = inspect(create_engine(f"sqlite:///{path}"))
-    return {table: ([(c["name"], str(c["type"]), c["nullable"]) for c in found.get_columns(table)],
-                    found.get_pk_constraint(table)["constrained_columns"], sorted(map(str, found.get_foreign_keys(table))),
-                    sorted(str(u["column_names"]) for u in found.get_unique_constraints(table)),
-                    sorted(str(i["column_names"]) for i in found.get_indexes(table)))
-            for table in found.get_table_names()}  # fmt: skip
+    engine = create_engine(f"sqlite:///{path}")
+    found = inspect(engine)
+    tables = {table: ([(c["name"], str(c["type"]), c["nullable"]) for c in found.get_columns(table)],
+                      found.get_pk_constraint(table)["constrained_columns"], sorted(map(str, found.get_foreign_keys(table))),
+                      sorted(str(u["column_names"]) for u in found.get_unique_constraints(table)),
+                      sorted(str(i["column_names"]) for i in found.get_indexes(table)))
+              for table in found.get_table_names()}  # fmt: skip
+    engine.dispose()  # Python 3.13 complains of a connection that is left open.
+    return tables
 
 
 @pytest.mark.parametrize("dump", DUMPS, ids=lambda dump: dump.stem)
