@@ -75,9 +75,10 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
 @click.argument("config", default="default")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--ram", default=None, metavar="SIZE", help="Memory that a process may use; default all there is.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines like this one that will train experts; default one an expert.")
 @report_errors()
-def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
-    """Print the memory of every process within --ram, how training will run, and what more memory would gain."""
+def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: int | None) -> None:
+    """Print the memory of every process within --ram, how training will run, and whether its time is well split."""
     from forge.config import load_config
     from forge.train.memory import parse_size
 
@@ -86,7 +87,7 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
     from forge.planning import plan_lines  # Imports torch: after everything that a mistyped command stops at.
     from forge.train.speed import multiplication_rate
 
-    for line in plan_lines(resolved, ram_bytes, multiplication_rate()):
+    for line in plan_lines(resolved, ram_bytes, multiplication_rate(), nodes):
         click.echo(line)
 
 
