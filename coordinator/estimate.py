@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 import heapq
-import math
 import statistics
 
 from coordinator.activity import Snapshot, duration
 from coordinator.records import TRAINING, PartitionRecord
+from forge.checkpoint.handover import expert_steps
 from forge.config import RunConfig
 from forge.vocabulary import STAGES
 
@@ -120,8 +120,7 @@ def _seconds_each(leased: Sequence[PartitionRecord], config: RunConfig) -> float
     """A whole expert at the median pace of the nodes at work; None before one reported a pace."""
     speeds = [float(partition.progress.get("tokens_per_second") or 0.0) for partition in leased]
     speeds = [speed for speed in speeds if speed >= SLOWEST]
-    steps = math.ceil(config.train.expert.tokens / _tokens_per_step(config))
-    return steps * _tokens_per_step(config) / statistics.median(speeds) if speeds else None
+    return expert_steps(config) * _tokens_per_step(config) / statistics.median(speeds) if speeds else None
 
 
 def _makespan(free_in: Sequence[float], each: float, waiting: int) -> float:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import pytest
 
 from coordinator.cli import main
+from coordinator.journal import Journal
 from coordinator.listing import event_line, partitions
 from tests.test_imports import _loaded
 
@@ -106,3 +107,15 @@ def test_an_event_for_people_is_its_sentence_or_its_facts() -> None:
 
 def test_reading_events_imports_nothing_heavy(world: World) -> None:
     assert _loaded("coordinator.cli", "events", "--run-dir", str(world.root)) == set()
+
+
+def test_a_line_that_a_kill_cut_swallows_no_event(world: World) -> None:
+    world.stop()
+    path = world.root / "events.jsonl"
+    for torn in (b'{"ts": "2026-01-01T00:00:00.000+00:00", "ev', b"\xc3"):
+        with open(path, "ab") as journal:
+            journal.write(torn)
+        before = show(world, "events", "--json").splitlines()
+        Journal(path, lambda _: None).event("after")
+        after = show(world, "events", "--json").splitlines()
+        assert after[:-1] == before and json.loads(after[-1])["event"] == "after"
