@@ -60,10 +60,10 @@ def gain(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> str:
 def _choices(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> Iterator[str]:
     options: list[Plan] = list(candidates(config, stage))
     chosen = next((option for option in options if option.peak_bytes <= ram_bytes), None)
-    tokens = (config.train.shared if stage == "shared" else config.train.expert).tokens
+    tokens = config.phase(stage).tokens
     for option in options:
         speed = tokens_per_second(config, option, rate)
         yield (f"{'>' if option is chosen else ' '} {stage:8}{option.micro_batch:12}"
-               f"{config.train.batch_size // option.micro_batch:12}{'yes' if option.recompute else 'no':>11}"
+               f"{config.batch_size(stage) // option.micro_batch:12}{'yes' if option.recompute else 'no':>11}"
                f"{format_size(option.peak_bytes):>8}{speed:10,.0f}{tokens / speed / _HOUR:8.1f}")  # fmt: skip
     yield f"  {gain(config, stage, ram_bytes, rate)}"
