@@ -38,12 +38,14 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
         click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
         click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
-        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
-                     help="Where experts train."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_device_option = click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
+                              help="Where experts train.")  # fmt: skip
 
 
 @main.command("config")
@@ -93,6 +95,7 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: i
 
 @main.command()
 @_run_options
+@_device_option
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
@@ -113,8 +116,8 @@ def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str 
 @main.command()
 @_run_options
 @report_errors()
-def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
-            device: str) -> None:  # fmt: skip
+def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None,
+            threads: int | None) -> None:  # fmt: skip
     """Read the corpus, train the tokenizer and write the token files."""
     from forge import pipeline
 
@@ -128,6 +131,7 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
 
 @main.command()
 @_run_options
+@_device_option
 @click.option("--partition", type=click.IntRange(0), default=None, help="Train only the expert of this partition.")
 @report_errors()
 def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
@@ -224,7 +228,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
     from forge.evaluate.text import evaluate_text
 
     _check_model_dir(target)
-    result = evaluate_text(target, (text for text, *_ in documents(DataConfig(source=data))))
+    result = evaluate_text(target, (document.text for document in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
