@@ -51,16 +51,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     options = parser.parse_args()
     base = load_config(options.config, options.set)
-    tokens = options.steps * base.train.batch_size * base.model.max_seq_len
     config = load_config(options.config, [
         "data.source=python-stdlib", "data.max_bytes=8_000_000", "router.tokens=50_000", "evaluation.tokens=2_000",
-        "evaluation.samples=1", "evaluation.sample_tokens=16", f"train.shared.tokens={tokens}",
-        f"train.expert.tokens={tokens}", *options.set])  # fmt: skip
+        "evaluation.samples=1", "evaluation.sample_tokens=16",
+        *(f"train.{stage}.tokens={options.steps * base.step_tokens(stage)}" for stage in ("shared", "expert")),
+        *options.set])  # fmt: skip
     limit = parse_size(options.ram)
     with tempfile.TemporaryDirectory(prefix="forge-billion-") as directory:
         lines = [f"# {config.model.total_parameters:,} parameters within {format_size(limit)}\n",
                  f"Printed by `python -m benchmarks.billion` on {time.strftime('%Y-%m-%d')}: {machine()}. "
-                 f"{options.steps} steps of {tokens // options.steps:,} tokens a training phase. {enforcement(limit)} "
+                 f"{options.steps} steps a training phase. {enforcement(limit)} "
                  "Peaks are of the whole tree of processes, this one included.\n",
                  "| | seconds | predicted | peak of the tree |", "|---|---|---|---|"]  # fmt: skip
         print("\n".join(lines), flush=True)

@@ -71,8 +71,7 @@ def main() -> int:
 def _length(name: str, overrides: list[str], steps: int) -> list[str]:
     """Overrides that give both phases `steps` timed steps."""
     config = load_config(name, overrides)
-    tokens = (steps + _WARM_UP) * config.train.batch_size * config.model.max_seq_len
-    return [f"train.shared.tokens={tokens}", f"train.expert.tokens={tokens}"]
+    return [f"train.{stage}.tokens={(steps + _WARM_UP) * config.step_tokens(stage)}" for stage in ("shared", "expert")]
 
 
 def _heading(threads: int) -> str:
@@ -104,7 +103,7 @@ def _random_corpus(run: RunDirectory) -> None:
 
 
 def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directory: Path) -> list[str]:
-    batch, corpus = config.train.batch_size, directory / "corpus"
+    batch, corpus = config.batch_size(phase), directory / "corpus"
 
     def ours() -> dict[str, Any]:
         return _ours(config, phase, options, corpus, directory / f"{phase}-{time.monotonic_ns()}")
@@ -161,7 +160,7 @@ def _ours(config: RunConfig, phase: str, options: argparse.Namespace, corpus: Pa
             "shared_ffn": str(prepared.blobs.path(shared["shared_ffn"]["sha256"])),
             "train_tokens": str(prepared.data / "corpus.safetensors")}  # fmt: skip
         facts, metrics = job("train-expert", assignment=assignment, work_dir=str(root), device="cpu"), root / "metrics.jsonl"
-    tokens = config.train.batch_size * config.model.max_seq_len
+    tokens = config.step_tokens(phase)
     ends = [0.0, *(line["tokens"] / line["tokens_per_second"] for line in map(json.loads, metrics.read_text().splitlines()))]
     rates = [tokens / (after - before) for before, after in zip(ends, ends[1:], strict=False)]
     return {"tokens_per_second": rates[_WARM_UP:], "peak_bytes": facts["peak_bytes"]}
@@ -225,12 +224,12 @@ def _trainer(config: RunConfig, phase: str, micro_batch: int) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
             ends.append(time.perf_counter())
 
-    accumulated = config.train.batch_size // micro_batch
-    step = config.train.batch_size * config.model.max_seq_len
+    accumulated = config.batch_size(phase) // micro_batch
+    step = config.step_tokens(phase)
     with tempfile.TemporaryDirectory() as directory:
         Trainer(_rival_model(config, phase), TrainingArguments(
             output_dir=directory, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulated,
-            max_steps=config.train.expert.tokens // step, bf16=product_dtype("cpu") == torch.bfloat16, use_cpu=True, report_to=[],
+            max_steps=config.steps(phase), bf16=product_dtype("cpu") == torch.bfloat16, use_cpu=True, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False),
             train_dataset=Sequences(), callbacks=[Clock()]).train()  # fmt: skip
     return _rates(ends, step)
@@ -245,9 +244,9 @@ def _loop(config: RunConfig, phase: str, micro_batch: int) -> dict[str, Any]:
     dtype, tokens, model = product_dtype("cpu"), _tokens(config), _rival_model(config, phase)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=3e-4, fused=True)
-    accumulated, ends = config.train.batch_size // micro_batch, [time.perf_counter()]
-    step = config.train.batch_size * config.model.max_seq_len
-    for _ in range(config.train.expert.tokens // step):
+    accumulated, ends = config.batch_size(phase) // micro_batch, [time.perf_counter()]
+    step = config.step_tokens(phase)
+    for _ in range(config.steps(phase)):
         for index in range(accumulated):
             batch = tokens[(index * micro_batch) % len(tokens) :][:micro_batch]
             with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):

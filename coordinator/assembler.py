@@ -122,12 +122,12 @@ class Assembler:
         return 0.0
 
     def _assemble(self, shard: ShardRecord) -> float:
-        credit = {"node_id": shard.node_id, "node_name": shard.node_name, "loss": shard.loss,
+        credit = {"node_id": shard.node_id if shard.public_key else None, "node_name": shard.node_name, "loss": shard.loss,
                   "shared_loss": shard.shared_loss, "tokens": tokens_seen(parse_manifest(shard.manifest))}  # fmt: skip
         try:
             provenance.keep(self._run, provenance.origin(
                 self._run.blobs.path(shard.sha256), self._config, shard.partition, shard.manifest, sha256=shard.sha256,
-                signature=shard.signature, public_key=shard.public_key))  # fmt: skip
+                signature=shard.signature or None, public_key=shard.public_key or None))  # fmt: skip
             assembly.accept(self._run, shard.partition, shard.sha256, credit)
         except StorageError as error:
             return self._later("assembly-failed", f"cannot put expert {shard.partition} into the model", error)

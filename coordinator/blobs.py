@@ -29,6 +29,9 @@ HEADER_BYTES = 1 << 20
 PART_SUFFIX = ".part"
 #: Unfinished uploads that a node may have: the one that it sends, and one of a lease before it.
 MAX_UPLOADS = 2
+#: Seconds for which a finished upload waits to be committed: a laptop that was closed in between may come back the next day.
+UNCOMMITTED_SECONDS = 36 * 3600.0
+SHA256_DIGITS = 64
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -100,6 +103,8 @@ class Uploads:
             raise ProtocolError(f"A {'checkpoint' if checkpoint else 'shard'} of this run has at most "
                                 f"{self._largest[checkpoint]:,} bytes, and this one {size:,}.")  # fmt: skip
         if self.store.has(sha256):
+            with contextlib.suppress(OSError):
+                os.utime(self.store.path(sha256))  # Wanted again: see `forget_unused`.
             return size
         with self._lock:
             self._make_way(lease, sha256)
@@ -180,6 +185,25 @@ class Uploads:
             self._open.clear()
             self._of_lease.clear()
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def forget_unused(self, needed: Callable[[str], bool], now: float) -> list[str]:
+        """Delete finished uploads that nobody committed in `UNCOMMITTED_SECONDS`; their sha256.
+
+        A node commits seconds after it has sent, and asks where its upload goes on when it comes back: it finds what is younger,
+        and sends again what is not.
+
+        Args:
+            needed: whether the run needs a blob; asked for those that are old enough.
+            now: seconds since the epoch.
+        """
+        forgotten = []
+        with storage_errors(self.store.directory):
+            for path in sorted(self.store.directory.iterdir()) if self.store.directory.is_dir() else ():
+                old = path.is_file() and now - path.stat().st_mtime > UNCOMMITTED_SECONDS
+                if old and len(path.name) == SHA256_DIGITS and not needed(path.name):
+                    path.unlink(missing_ok=True)
+                    forgotten.append(path.name)
+        return forgotten
 
     def _make_way(self, lease: LeaseRecord, sha256: str) -> None:
         """Note what a lease uploads, and drop what its node may not have beside that."""

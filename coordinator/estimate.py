@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 import heapq
-import math
 import statistics
 
 from coordinator.activity import Snapshot, duration
@@ -113,15 +112,14 @@ def _seconds_left(partition: PartitionRecord, config: RunConfig) -> float | None
         return 0.0
     if progress.get("activity") != TRAINING or speed < SLOWEST or not steps:
         return None
-    return max(0, steps - int(progress["step"])) * _tokens_per_step(config) / speed
+    return max(0, steps - int(progress["step"])) * config.step_tokens("expert") / speed
 
 
 def _seconds_each(leased: Sequence[PartitionRecord], config: RunConfig) -> float | None:
     """A whole expert at the median pace of the nodes at work; None before one reported a pace."""
     speeds = [float(partition.progress.get("tokens_per_second") or 0.0) for partition in leased]
     speeds = [speed for speed in speeds if speed >= SLOWEST]
-    steps = math.ceil(config.train.expert.tokens / _tokens_per_step(config))
-    return steps * _tokens_per_step(config) / statistics.median(speeds) if speeds else None
+    return config.steps("expert") * config.step_tokens("expert") / statistics.median(speeds) if speeds else None
 
 
 def _makespan(free_in: Sequence[float], each: float, waiting: int) -> float:
@@ -131,10 +129,6 @@ def _makespan(free_in: Sequence[float], each: float, waiting: int) -> float:
     for _ in range(waiting if free else 0):
         heapq.heappush(free, heapq.heappop(free) + each)
     return max(free, default=0.0)
-
-
-def _tokens_per_step(config: RunConfig) -> int:
-    return config.train.batch_size * config.model.max_seq_len
 
 
 def _count(number: int, what: str) -> str:

@@ -38,6 +38,10 @@ class Handovers(Ledger):
         with self._database.reading() as session:
             return session.scalar(select(Handover.size).where(Handover.sha256 == sha256, Handover.slot.is_not(None)).limit(1))
 
+    def needs(self, sha256: str) -> bool:
+        """Whether a blob is a shard that counts or may be handed in again, or a checkpoint that somebody goes on from."""
+        return self.uses(sha256) or self.checkpoint_size(sha256) is not None
+
     def stale_checkpoints(self) -> list[str]:
         """sha256 of every checkpoint that nobody goes on from any more, and that is no shard either."""
         with self._database.reading() as session:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timezone
 import json
+import os
 from pathlib import Path
 import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 
 def time_of_day() -> str:
@@ -44,7 +45,15 @@ class Journal:
             if sentence:
                 self._echo(sentence)
             try:
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                with open(self._path, "ab+") as file:
+                    begun = b"" if _ends_with_a_line(file) else b"\n"  # Who wrote before was killed in the middle of a line.
+                    file.write(begun + line.encode() + b"\n")
             except OSError as error:
                 self._echo(f"cannot write to {self._path}: {error.strerror}")
+
+
+def _ends_with_a_line(file: IO[bytes]) -> bool:
+    """Whether a file is empty or its last byte is the end of a line."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    return file.read() in (b"", b"\n")

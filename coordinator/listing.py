@@ -90,7 +90,7 @@ def events(run_dir: Path, *, follow: bool = False, sleep: Callable[[float], None
     with storage_errors(path), open(path, encoding="utf-8", errors="replace") as file:
         rest = ""
         while True:
-            # A line that was cut by a kill is followed by a whole one in the same line: it is left out.
+            # A line that was cut by a kill is no event.
             while (rest := rest + file.readline()).endswith("\n"):
                 if _is_event(rest):
                     yield rest.rstrip("\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import json
 import threading
 import time
 from typing import Any
 
 from coordinator.activity import SENTENCES, Activity
+from coordinator.adoption import adopt
 from coordinator.assembler import ATTEMPTS, RETRY_SECONDS, Assembler, progress_facts
 from coordinator.blobs import Uploads
 from coordinator.curves import SHARED, Curves
@@ -20,6 +22,9 @@ from forge.errors import ForgeError
 from forge.files import RunDirectory
 from forge.vocabulary import STAGES
 
+#: Seconds after the start, and between two times, until uploads that nobody committed are looked for: nodes that waited for
+#: this coordinator have come back by then.
+TIDY_SECONDS = 3600.0
 #: Seconds between two lines of progress.
 LINE_SECONDS = 5.0
 
@@ -44,6 +49,7 @@ class Work:
         self._run, self._state, self._assembler, self._run_job = run, state, assembler, run_job
         self._uploads, self._activity, self._journal, self._echo = uploads, activity, journal, echo
         self._curves, self._last_line = curves, 0.0
+        self._tidy_at = time.monotonic() + TIDY_SECONDS
         self.stopping = threading.Event()
         #: Set while the thread has nothing more to do: the run is done, it failed, or it was stopped.
         self.ended = threading.Event()
@@ -82,10 +88,20 @@ class Work:
     def _step(self) -> float:
         """One step of the assembler; a database that cannot be used for a while ends nothing."""
         try:
+            if time.monotonic() > self._tidy_at:
+                self._tidy_at = time.monotonic() + TIDY_SECONDS
+                self.tidy()
             return self._assembler.step()
         except DatabaseUnavailableError as error:
             self._journal.event("database-unavailable", f"{error} Trying again in {RETRY_SECONDS:.0f} s.", error=str(error))
             return RETRY_SECONDS
+
+    def tidy(self) -> None:
+        """Forget what was uploaded and never committed."""
+        own = json.dumps([self._run.marker(stage) for stage in STAGES]) + json.dumps(assembly.placed(self._run.model))
+        forgotten = self._uploads.forget_unused(lambda sha256: sha256 in own or self._state.needs(sha256), time.time())
+        if forgotten:
+            self._journal.event("forgotten", sha256=forgotten)
 
     def prepare(self) -> None:
         """Run the stages that are not finished, make the model without experts, and open the partitions.
@@ -101,6 +117,9 @@ class Work:
         assert facts is not None
         assembly.start(self._run)
         self._state.open_partitions(facts["partitions"])
+        if adopted := adopt(self._run, self._state):
+            which = ", ".join(map(str, adopted))
+            self._journal.event("adopted", f"experts that this machine trained before are accepted: {which}", partitions=adopted)
         self._activity.enter("evaluate")
         while pause := self._assembler.first_evaluation():
             if self.stopping.wait(pause):

@@ -93,6 +93,20 @@ class ShardRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalExpert:
+    """An expert of the assembled model that was trained on this machine; losses in nats a token, as its validation found them."""
+
+    partition: int
+    sha256: str
+    size: int
+    manifest: bytes
+    loss: float | None
+    shared_loss: float | None
+    made_at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartitionRecord:
     """A partition as a status page shows it."""
 

@@ -320,7 +320,7 @@ class Coordinator:
         deadline = time.monotonic() + FAREWELL_SECONDS
         while time.monotonic() < deadline and not self._stop_asked.wait(0.2):
             lately = self._clock() - LATELY_SECONDS
-            present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately}
+            present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately and node.public_key}
             told = self._desk.told_done
             # An answer can be lost on its way: who did not get it asks again at once.
             if all(node in told and time.monotonic() - told[node] > ANSWER_SECONDS for node in present):

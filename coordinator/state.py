@@ -14,6 +14,7 @@ asking twice gives the same answer.
     C  commit   leased   -> uploaded   a complete, signed shard of the node that holds or held a lease
                 open     -> uploaded   the same, late: the lease had expired or was released
     A  accept   uploaded -> accepted   the shard was judged good; other leases on the partition end (superseded)
+    L  adopt    any      -> accepted   the expert was trained and judged on this machine (see coordinator/adoption.py)
     J  reject   uploaded -> open       the shard was judged bad, with reasons
                 uploaded -> leased     the same, while another node holds an active lease on the partition
     X  revoke   as E                   the node was revoked
@@ -31,9 +32,7 @@ accepted shard a partition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-import math
 from pathlib import Path
-from statistics import median
 import time
 from typing import Any, Literal
 import uuid
@@ -42,19 +41,16 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import handovers
+from coordinator.choice import behind, choose, first_for
 from coordinator.handovers import Handovers
-from coordinator.records import TRAINING, CheckpointRecord, Counts, LeaseRecord, Receipt, Verdict
-from coordinator.tables import Evaluation, Lease, Partition, Revocation, Shard
+from coordinator.records import CheckpointRecord, Counts, LeaseRecord, LocalExpert, Receipt, Verdict
+from coordinator.tables import Evaluation, Lease, Node, Partition, Revocation, Shard
 from forge.errors import ProtocolError
-
-#: Rejections of one node's shards of one partition after which another node must train it: training is deterministic,
-#: so a third copy of the same shard would tell nothing new.
-MAX_REJECTIONS = 3
 
 #: Heartbeats in the life of a lease: three may be lost.
 BEATS = 4
-#: So many times what an expert took is too long, whatever its node says of its progress.
-OVERDUE = 3.0
+#: Who the experts are credited to that this machine trained itself. It has no key, so it never calls.
+LOCAL_NODE, LOCAL_NAME = "local", "this machine"
 
 ELSEWHERE = "another node's shard of this partition was accepted first"
 SENT_AWAY = "its node was revoked"
@@ -111,16 +107,16 @@ class State(Handovers):
             if lease is None:
                 if self.draining:
                     return None
-                partition = self._choose(session, node_id, preferred)
-                if partition is not None:
-                    partition.state, chosen = "leased", partition.id
-                else:
-                    chosen = self._straggler(session, node_id, now)  # type: ignore[assignment]
-                    if chosen is None:
-                        return None
+                chosen = choose(session, node_id, preferred)
+                alone = chosen is not None
+                if chosen is None:
+                    chosen = self._straggler(session, node_id, now)
+                if chosen is None:
+                    return None
+                if alone:
+                    _partition(session, chosen).state = "leased"
                 lease = Lease(id=uuid.uuid4().hex, partition=chosen, node_id=node_id, granted_at=now, ended=None, progress={},
-                              active_node=node_id, active_partition=chosen if partition is not None else None)  # fmt: skip
-                lease.expires_at = now + self._lease_seconds
+                              expires_at=now, active_node=node_id, active_partition=chosen if alone else None)  # fmt: skip
                 session.add(lease)
                 handovers.inherit(session, lease)
             lease.expires_at = now + self._lease_seconds
@@ -216,10 +212,29 @@ class State(Handovers):
                 return shard.verdict == "accepted"
             shard.verdict, shard.judged, shard.decided_at = "accepted", True, self._clock()
             shard.loss, shard.shared_loss = loss, shared_loss
-            _partition(session, shard.partition).state = "accepted"
-            handovers.end(session, shard.partition)
-            for lease in session.scalars(_active(shard.partition)).all():
-                _end(session, lease, "superseded")
+            _settle(session, shard.partition)
+            return True
+
+    def adopt(self, expert: LocalExpert) -> bool:
+        """Rule L. False when this very expert was in the run before, and so was dropped from it."""
+        with self._database.transaction() as session:
+            if _shard(session, expert.partition, expert.sha256) is not None:
+                return False
+            at = expert.made_at
+            if session.get(Node, LOCAL_NODE) is None:
+                session.add(Node(id=LOCAL_NODE, public_key=b"", name=LOCAL_NAME, machine={}, joined_at=at, seen_at=at))
+            held = session.scalars(select(Shard).where(Shard.slot == expert.partition)).one_or_none()
+            if held is not None:
+                self._refuse(session, held, [ELSEWHERE], judged=False)
+            lease = Lease(id=uuid.uuid4().hex, partition=expert.partition, node_id=LOCAL_NODE, granted_at=at, expires_at=at,
+                          ended="committed", progress={})  # fmt: skip
+            session.add(lease)
+            session.flush()
+            session.add(Shard(
+                partition=expert.partition, slot=expert.partition, sha256=expert.sha256, size=expert.size, lease_id=lease.id,
+                node_id=LOCAL_NODE, manifest=expert.manifest, signature=b"", verdict="accepted", judged=True, reasons=[],
+                attempts=0, loss=expert.loss, shared_loss=expert.shared_loss, received_at=at, decided_at=at))  # fmt: skip
+            _settle(session, expert.partition)
             return True
 
     def reject(self, shard_id: int, reasons: Sequence[str], *, judged: bool = True) -> None:
@@ -281,8 +296,7 @@ class State(Handovers):
         partition.last_rejection = list(reasons)
         active = session.scalar(select(Lease.id).where(Lease.active_partition == shard.partition))
         partition.state = "open" if active is None else "leased"
-        how = "undecided" if not judged else "misled" if handovers.spoil(session, shard.lease_id) else "rejected"
-        _end(session, session.get_one(Lease, shard.lease_id), how)
+        _end(session, session.get_one(Lease, shard.lease_id), _blame(session, shard.lease_id) if judged else "undecided")
 
     def _revive(self, session: Session, lease: Lease) -> None:
         """Rule V, where it applies."""
@@ -292,49 +306,19 @@ class State(Handovers):
             partition.state, lease.ended = "leased", None
             lease.active_node, lease.active_partition = lease.node_id, lease.partition
 
-    def _choose(self, session: Session, node_id: str, preferred: Sequence[int]) -> Partition | None:
-        rejections = self._rejections(session, node_id)
-        free = session.scalars(select(Partition.id).where(Partition.state == "open"))
-        allowed = [partition for partition in free if rejections.get(partition, 0) < MAX_REJECTIONS]
-        chosen = min(allowed, default=None, key=lambda partition: (
-            partition not in preferred, rejections.get(partition, 0), partition))  # fmt: skip
-        return None if chosen is None else _partition(session, chosen)
-
     def _straggler(self, session: Session, node_id: str, now: float) -> int | None:
-        """The partition, if any, that this node would probably finish before its holder does, and the latest of them.
-
-        A holder is behind when the rest takes it longer, at the pace that its heartbeats tell, than an accepted shard took
-        in the median; or when it has had the lease for `OVERDUE` times as long.
-        """
         if now < self._nobody_behind_until:  # Every node that waits asks, and heartbeats come once in that time.
             return None
-        took = select(Shard.received_at - Lease.granted_at).join(Lease, Lease.id == Shard.lease_id)
-        times = session.scalars(took.where(Shard.verdict == "accepted")).all()
-        usual = median(times) if times else math.inf
-        rows = session.execute(select(Lease.partition, Lease.active_partition, Lease.granted_at, Lease.progress)
-                               .join(Partition, Partition.id == Lease.partition)
-                               .where(Lease.ended.is_(None), Partition.state == "leased")).all()  # fmt: skip
-        backed_up = {row.partition for row in rows if row.active_partition is None}
-        late = {row.partition: _remaining(row.progress, now - row.granted_at, usual) for row in rows}
-        behind = sorted((partition for partition in late.keys() - backed_up if late[partition] > usual),
-                        key=lambda partition: (-late[partition], partition))  # fmt: skip
-        if not behind:
+        late = behind(session, now)
+        if not late:
             self._nobody_behind_until = now + self._lease_seconds / BEATS
-            return None
-        rejections = self._rejections(session, node_id)
-        return next((partition for partition in behind if rejections.get(partition, 0) < MAX_REJECTIONS), None)
-
-    def _rejections(self, session: Session, node_id: str) -> dict[int, int]:
-        """How many shards of which partitions this node has had rejected."""
-        rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")
-        return {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
+        return first_for(session, node_id, late)
 
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
             # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
-            how = "committed" if shard.verdict != "rejected" else "misled" if handovers.spoil(session, lease.id) else "rejected"
-            _end(session, lease, how)
+            _end(session, lease, "committed" if shard.verdict != "rejected" else _blame(session, lease.id))
             return _receipt(shard)
         if _partition(session, lease.partition).state == "accepted":
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
@@ -346,6 +330,14 @@ def _own(session: Session, lease_id: str, node_id: str) -> Lease:
     if lease is None or lease.node_id != node_id:
         raise ProtocolError("This run has no such lease of this node: ask for a new one.")
     return lease
+
+
+def _settle(session: Session, partition: int) -> None:
+    """A partition has its expert."""
+    _partition(session, partition).state = "accepted"
+    handovers.end(session, partition)
+    for lease in session.scalars(_active(partition)).all():
+        _end(session, lease, "superseded")
 
 
 def _end(session: Session, lease: Lease, how: str) -> None:
@@ -366,19 +358,14 @@ def _end(session: Session, lease: Lease, how: str) -> None:
         partition.state = "open"
 
 
+def _blame(session: Session, lease_id: str) -> str:
+    """How a lease ends whose shard was judged bad: by the fault of its node, or of the checkpoint that it went on from."""
+    return "misled" if handovers.spoil(session, lease_id) else "rejected"
+
+
 def _active(partition: int) -> Any:
     """The leases on a partition that have not ended: one, and perhaps its backup."""
     return select(Lease).where(Lease.partition == partition, Lease.ended.is_(None))
-
-
-def _remaining(progress: dict[str, Any], elapsed: float, usual: float) -> float:
-    """Seconds until a node is done at the pace that it reports; for ever when it has had far too long."""
-    step, steps = progress.get("step", 0), progress.get("steps", 0)
-    if elapsed > OVERDUE * usual:
-        return math.inf
-    if progress.get("activity") not in (TRAINING, "paused") or not 0 < step <= steps:
-        return elapsed  # It has not begun, as far as anybody knows.
-    return float(elapsed * (steps - step) / step)
 
 
 def _why_ended(session: Session, lease: Lease) -> str:

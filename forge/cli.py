@@ -39,12 +39,14 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
         click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
         click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
-        click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
-                     help="Where experts train."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_device_option = click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
+                              help="Where experts train.")  # fmt: skip
 
 
 @main.command("config")
@@ -76,9 +78,10 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
 @click.argument("config", default="default")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--ram", default=None, metavar="SIZE", help="Memory that a process may use; default all there is.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines like this one that will train experts; default one an expert.")
 @report_errors()
-def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
-    """Print the memory of every process within --ram, how training will run, and what more memory would gain."""
+def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: int | None) -> None:
+    """Print the memory of every process within --ram, how training will run, and whether its time is well split."""
     from forge.config import load_config
     from forge.train.memory import parse_size
 
@@ -87,12 +90,13 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None) -> None:
     from forge.planning import plan_lines  # Imports torch: after everything that a mistyped command stops at.
     from forge.train.speed import multiplication_rate
 
-    for line in plan_lines(resolved, ram_bytes, multiplication_rate()):
+    for line in plan_lines(resolved, ram_bytes, multiplication_rate(), nodes):
         click.echo(line)
 
 
 @main.command()
 @_run_options
+@_device_option
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="json prints an object a line.")
 @track_option
 @report_errors()
@@ -122,8 +126,8 @@ def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str 
 @main.command()
 @_run_options
 @report_errors()
-def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
-            device: str) -> None:  # fmt: skip
+def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None,
+            threads: int | None) -> None:  # fmt: skip
     """Read the corpus, train the tokenizer and write the token files."""
     from forge import pipeline
 
@@ -137,6 +141,7 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
 
 @main.command()
 @_run_options
+@_device_option
 @click.option("--partition", type=click.IntRange(0), default=None, help="Train only the expert of this partition.")
 @report_errors()
 def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
@@ -233,7 +238,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
     from forge.evaluate.text import evaluate_text
 
     _check_model_dir(target)
-    result = evaluate_text(target, (text for text, *_ in documents(DataConfig(source=data))))
+    result = evaluate_text(target, (document.text for document in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip

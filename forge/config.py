@@ -11,6 +11,7 @@ import difflib
 import hashlib
 from importlib import resources
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -201,6 +202,8 @@ class PhaseConfig(Section):
 
     tokens: Count = Field(gt=0)
     """Tokens to train on (in an expert phase: tokens an expert)."""
+    batch_size: Count | None = Field(default=None, ge=1)
+    """Sequences an optimiser step of this phase sees; `train.batch_size` where none is given."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate. Muon's updates are rescaled to AdamW's RMS, so one value serves both."""
     warmup_fraction: Fraction = 0.05
@@ -226,7 +229,7 @@ class TrainConfig(Section):
     """Both training phases and what they have in common."""
 
     batch_size: Count = Field(default=16, ge=1)
-    """Sequences an optimiser step sees, whatever the micro-batch that the memory plan chooses."""
+    """Sequences an optimiser step sees, whatever the micro-batch that the memory plan chooses; a phase may have its own."""
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     """Seconds of training between checkpoints: what a killed process loses at most."""
     shared: PhaseConfig
@@ -302,6 +305,22 @@ class RunConfig(Section):
             raise ValueError("router.method: bayes reads the context channels, and model.context_channels is 0: set it, or "
                              "choose router.method: ridge")  # fmt: skip
         return self
+
+    def phase(self, stage: str) -> PhaseConfig:
+        """The phase that trains in the stage "shared" or "expert"."""
+        return self.train.shared if stage == "shared" else self.train.expert
+
+    def batch_size(self, stage: str) -> int:
+        """Sequences of an optimiser step."""
+        return self.phase(stage).batch_size or self.train.batch_size
+
+    def steps(self, stage: str) -> int:
+        """Optimiser steps of a phase."""
+        return math.ceil(self.phase(stage).tokens / self.step_tokens(stage))
+
+    def step_tokens(self, stage: str) -> int:
+        """Tokens of an optimiser step."""
+        return self.batch_size(stage) * self.model.max_seq_len
 
     @property
     def fingerprint(self) -> str:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import math
 
 from forge.config import RunConfig
 from forge.errors import MemoryBudgetError
 from forge.train.memory import STAGES, TRAINING, Plan, Stage, candidates, format_size, plan
+from forge.train.shared import maturity
 from forge.train.speed import tokens_per_second
 
 _HOUR = 3600
+#: Share of the time that the shared components are best trained for, and the least training tokens for each of their parameters
+#: from which experts pay: `benchmarks/results/quality.md`, one machine for that share and five for the rest.
+BEST_SHARE, MATURE = 0.85, 10
+#: Shares that cost hardly more than the best one.
+_GOOD_SHARES = (0.75, 0.95)
 
 
-def plan_lines(config: RunConfig, ram_bytes: int, rate: float) -> Iterator[str]:
+def plan_lines(config: RunConfig, ram_bytes: int, rate: float, nodes: int | None = None) -> Iterator[str]:
     """The lines of the plan of a run.
 
     Args:
         config: the run.
         ram_bytes: what a process may hold.
         rate: FLOP/s of this machine's matrix products.
+        nodes: machines like this one that train experts; by default one for each.
 
     Raises:
         MemoryBudgetError: after the last line, when a process does not fit; names the `--ram` that would do.
@@ -40,6 +48,28 @@ def plan_lines(config: RunConfig, ram_bytes: int, rate: float) -> Iterator[str]:
         yield from _choices(config, stage, ram_bytes, rate)
     if misfit is not None:
         raise misfit
+    yield ""
+    yield from _split(config, ram_bytes, rate, nodes or config.model.n_experts)
+
+
+def _split(config: RunConfig, ram_bytes: int, rate: float, nodes: int) -> Iterator[str]:
+    """How the time of a run is split between the phases, and whether another split would give a better model."""
+    train = config.train
+    speed = {stage: tokens_per_second(config, plan(config, stage, ram_bytes), rate) for stage in TRAINING}
+    turns = math.ceil(config.model.n_experts / nodes)
+    shared, experts = train.shared.tokens / speed["shared"], turns * train.expert.tokens / speed["expert"]
+    share, age = shared / (shared + experts), maturity(config)
+    yield (f"with {nodes} nodes like this machine: {shared / _HOUR:.1f} hours for the shared components and "
+           f"{experts / _HOUR:.1f} for the experts")  # fmt: skip
+    if not _GOOD_SHARES[0] <= share <= _GOOD_SHARES[1]:
+        total = shared + experts
+        tokens = {"shared": BEST_SHARE * total * speed["shared"], "expert": (1 - BEST_SHARE) * total / turns * speed["expert"]}
+        changes = " ".join(f"train.{stage}.tokens={float(f'{number:.2g}'):.0f}" for stage, number in tokens.items())
+        yield (f"  the shared components get {share:.0%} of the time; the best model for the same time comes from about "
+               f"{BEST_SHARE:.0%}: {changes}")  # fmt: skip
+    if age < MATURE:
+        yield (f"  the shared components see {age:.1f} training tokens for each of their parameters outside the embedding; below "
+               f"{MATURE} they hold every expert back: train them for longer, or make the model smaller")  # fmt: skip
 
 
 def gain(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> str:
@@ -60,10 +90,10 @@ def gain(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> str:
 def _choices(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> Iterator[str]:
     options: list[Plan] = list(candidates(config, stage))
     chosen = next((option for option in options if option.peak_bytes <= ram_bytes), None)
-    tokens = (config.train.shared if stage == "shared" else config.train.expert).tokens
+    tokens = config.phase(stage).tokens
     for option in options:
         speed = tokens_per_second(config, option, rate)
         yield (f"{'>' if option is chosen else ' '} {stage:8}{option.micro_batch:12}"
-               f"{config.train.batch_size // option.micro_batch:12}{'yes' if option.recompute else 'no':>11}"
+               f"{config.batch_size(stage) // option.micro_batch:12}{'yes' if option.recompute else 'no':>11}"
                f"{format_size(option.peak_bytes):>8}{speed:10,.0f}{tokens / speed / _HOUR:8.1f}")  # fmt: skip
     yield f"  {gain(config, stage, ram_bytes, rate)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-import math
 import os
 from pathlib import Path
 
@@ -25,8 +24,7 @@ def training_bytes(config: RunConfig) -> int:
     weights, phase = config.model.expert_parameters, config.train.expert
     checkpoint = weights * 4 * (2 if phase.optimizer == "muon" else 3)
     shard = weights * (2 if config.model.dtype == "bfloat16" else 4)
-    steps = math.ceil(phase.tokens / (config.train.batch_size * config.model.max_seq_len))
-    return checkpoint + max(checkpoint, shard) + steps * _LINE_BYTES + _SMALL_BYTES
+    return checkpoint + max(checkpoint, shard) + config.steps("expert") * _LINE_BYTES + _SMALL_BYTES
 
 
 def check_disk(limit: int, data_dir: Path, blobs: Iterable[Blob], work_dir: Path, config: RunConfig) -> None:

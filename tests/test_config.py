@@ -89,3 +89,10 @@ def test_every_field_is_documented() -> None:
 
     walk(RunConfig)
     assert "train.expert.init" in list(config_keys())
+
+
+def test_a_phase_may_have_its_own_batches() -> None:
+    config = load_config("smoke", ["train.batch_size=8", "train.expert.batch_size=2", "train.expert.tokens=1000"])
+    assert (config.batch_size("shared"), config.batch_size("expert")) == (8, 2)
+    assert config.step_tokens("expert") == 2 * 128 and config.steps("expert") == 4  # The last step is a whole one.
+    assert config.steps("shared") == 600_000 // (8 * 128) + 1

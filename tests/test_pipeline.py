@@ -23,10 +23,11 @@ from forge.config import RunConfig, load_config
 from forge.data.packing import SequenceSampler
 from forge.data.tokens import TokenFile
 from forge.errors import StorageError
+from forge.evaluate import slices
 from forge.evaluate.likeness import learned_alike
-from forge.evaluate.perplexity import measure
+from forge.evaluate.perplexity import Loss, measure
 from forge.evaluate.validation import load_shared, validate_shard
-from forge.files import RunDirectory, hash_file
+from forge.files import RunDirectory, hash_file, read_json
 from forge.model import names
 from forge.model.lm import load_dense
 from forge.model.moe import MixtureLM
@@ -270,6 +271,42 @@ def test_an_expert_that_the_margin_lets_in_and_that_harms_the_model_is_refused_b
     assert verdict["effect"][worst] > run.config.assembly.tolerance
     assert reason.startswith(f"in the assembled model the loss on the validation documents of partition {worst} rises from ")
     assert reason.endswith("nats a token with it, and at most 0.02 more is tolerated")
+
+
+def test_a_shard_is_measured_where_its_expert_is_asked_and_nowhere_else(
+    finished: dict[str, Any], scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = finished["run"], MixtureLM.load(finished["run"].model)
+    noisy = scene.noise(scene.own, 0.05)
+    ours = [noisy[name] for name in names.ffn_tensors(scene.model)]
+    renamed = dict(zip(names.expert_tensors(scene.model, 0), ours, strict=True))
+    save_file(renamed, tmp_path / "shard.safetensors")
+
+    def expected() -> list[float]:
+        sums: dict[int, Loss] = {}
+        for partition, batch in slices._batches(run):
+            sums[partition] = sums.get(partition, Loss()) + measure(model, batch)
+        return [sums[partition].nats for partition in range(3)]
+
+    measure_batch, calls = slices._measure, []
+
+    def counted(model: MixtureLM, partition: int, batch: list[Any]) -> slices.Measured:
+        calls.append(partition)
+        return measure_batch(model, partition, batch)
+
+    monkeypatch.setattr(slices, "_measure", counted)
+    (run.reports / "slices.json").unlink(missing_ok=True)
+    before, after = slices.mixture_losses(run, 0, tmp_path / "shard.safetensors")
+    count = len(list(slices._batches(run)))
+    asked = sum(0 in row["experts"] for row in read_json(run.reports / "slices.json")[0]["batches"])
+    assert len(calls) == count + asked
+    assert [loss.nats for loss in before] == pytest.approx(expected(), rel=1e-9)
+    model.load_state_dict(renamed, strict=False, assign=True)
+    assert [loss.nats for loss in after] == pytest.approx(expected(), rel=1e-9) and after != before
+    calls.clear()
+    assert slices.mixture_losses(run, 0, tmp_path / "shard.safetensors") == (before, after) and len(calls) == asked
+    (run.reports / "slices.json").write_text("[{")  # A cache that cannot be read is measured anew.
+    assert slices.mixture_losses(run, 0, tmp_path / "shard.safetensors") == (before, after)
 
 
 def test_a_missing_run_directory_is_a_sentence(tmp_path: Path) -> None:

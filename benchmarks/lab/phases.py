@@ -38,12 +38,12 @@ MICRO_BATCH = 8
 
 
 def steps_of(setting: Setting, tokens: float) -> int:
-    """Optimiser steps that see so many tokens."""
+    """Optimiser steps of the shared phase that see so many tokens."""
     return max(1, round(tokens / (setting.scale.batch_size * setting.scale.seq_len)))
 
 
 def tokens_of(setting: Setting, steps: int) -> int:
-    """Tokens of so many optimiser steps."""
+    """Tokens of so many optimiser steps of the shared phase."""
     return steps * setting.scale.batch_size * setting.scale.seq_len
 
 
@@ -267,7 +267,7 @@ def train_expert(setting: Setting, base: DenseLM, documents: npt.NDArray[np.inte
         sampler = MixedSampler(setting, documents, seed, recipe.general, setting.sampler(everybody, seed))
     config = phase(setting, steps, recipe.rate * setting.scale.expert_learning_rate, decay=recipe.decay,
                    warmup=min(10, max(1, steps // 10)), optimizer=recipe.optimizer)  # fmt: skip
-    batch_size = recipe.batch or setting.scale.batch_size
+    batch_size = recipe.batch or setting.scale.expert_batch_size
     until_step = round(until * steps * setting.scale.batch_size / batch_size)
     run_phase(setting, model, sampler, config, path.with_suffix(".work"), until=until_step, batch_size=batch_size)
     return {name: t for name, t in state_of(model).items() if ".mlp." in name}

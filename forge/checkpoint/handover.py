@@ -8,7 +8,6 @@ what it holds beyond that is judged as the shard is that comes of it: a bad one 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from forge.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header, tensors_finite
@@ -24,11 +23,6 @@ def largest_checkpoint(config: RunConfig) -> int:
     """Bytes that a checkpoint of an expert may have."""
     slots = len(_SLOTS[config.train.expert.optimizer])
     return config.model.expert_parameters * 4 * (1 + slots) + MAX_HEADER_BYTES
-
-
-def expert_steps(config: RunConfig) -> int:
-    """Optimiser steps of an expert."""
-    return math.ceil(config.train.expert.tokens / (config.train.batch_size * config.model.max_seq_len))
 
 
 def check_checkpoint(path: Path, config: RunConfig) -> int:
@@ -56,6 +50,6 @@ def check_checkpoint(path: Path, config: RunConfig) -> int:
         step = json.loads(header.metadata["facts"])["step"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ShardError("The checkpoint does not say its step.", detail=str(error)) from error
-    if type(step) is not int or not 0 < step < expert_steps(config):
-        raise ShardError(f"The checkpoint is of no step between the first and the last of {expert_steps(config):,}.")
+    if type(step) is not int or not 0 < step < config.steps("expert"):
+        raise ShardError(f"The checkpoint is of no step between the first and the last of {config.steps('expert'):,}.")
     return step

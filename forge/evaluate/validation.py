@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import math
 from pathlib import Path
 from typing import Any
-
-import numpy.typing as npt
 
 from forge.checkpoint.assembly import placed
 from forge.checkpoint.inspection import inspect_shard
@@ -15,11 +13,11 @@ from forge.data.packing import evaluation_windows
 from forge.data.tokens import TokenFile
 from forge.errors import ShardError
 from forge.evaluate.likeness import Weights, suspicions
-from forge.evaluate.perplexity import Loss, document_losses, finite, measure
+from forge.evaluate.perplexity import Loss, document_losses, finite
+from forge.evaluate.slices import mixture_losses
 from forge.files import RunDirectory
 from forge.model import names
 from forge.model.lm import DenseLM, load_dense, read_tensors
-from forge.model.moe import MixtureLM
 from forge.vocabulary import END_OF_TEXT_ID, expert_file
 
 
@@ -34,32 +32,10 @@ def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | N
 
 def partition_loss(run: RunDirectory, model: DenseLM, token_blob: str) -> float | None:
     """Loss, in nats a token, on a token blob of the run; None when it holds no token."""
-    nats, tokens = document_losses(model, _windows(run, token_blob, run.config.evaluation.tokens))
+    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), run.config.model.max_seq_len, END_OF_TEXT_ID,
+                                 run.config.evaluation.tokens)  # fmt: skip
+    nats, tokens = document_losses(model, windows)
     return nats / tokens if tokens else None
-
-
-def mixture_losses(run: RunDirectory, partition: int, shard: Path) -> tuple[list[Loss], list[Loss]]:
-    """Losses of the assembled model on a slice of every partition's validation documents, as it is and with a shard in place.
-
-    Every token takes the way that the router gives it: this is what the model's users would get.
-
-    Args:
-        run: the run, whose assembly was started.
-        partition: whose expert the shard is.
-        shard: the shard; it was inspected.
-    """
-    published = run.marker("publish")
-    assert published is not None, "the publish stage comes before"
-    model = MixtureLM.load(run.model)
-
-    def losses() -> list[Loss]:
-        return [measure(model, _windows(run, file["validation"]["sha256"], run.config.assembly.slice_tokens))
-                for file in published["partitions"]]  # fmt: skip
-
-    before = losses()
-    expert = read_tensors(shard, names.expert_tensors(run.config.model, partition))
-    model.load_state_dict(expert, strict=False, assign=True)
-    return before, losses()
 
 
 def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, Any]:
@@ -124,7 +100,3 @@ def _harm(before: Sequence[Loss], after: Sequence[Loss], tolerance: float) -> li
     was, becomes = before[worst].nats_per_token, after[worst].nats_per_token
     return [f"in the assembled model the loss on the validation documents of partition {worst} rises from {was:.4f} to "
             f"{becomes:.4f} nats a token with it, and at most {tolerance:g} more is tolerated"]  # fmt: skip
-
-
-def _windows(run: RunDirectory, token_blob: str, tokens: int) -> Iterator[npt.NDArray[Any]]:
-    return evaluation_windows(TokenFile(run.blobs.path(token_blob)), run.config.model.max_seq_len, END_OF_TEXT_ID, tokens)

@@ -54,7 +54,7 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
                               expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(
-        phase=config.train.expert, batch_size=config.train.batch_size, sequence_length=config.model.max_seq_len,
+        phase=config.train.expert, batch_size=config.batch_size("expert"), sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, loss_rows=chosen.loss_rows, directory=work_dir,
         checkpoint_seconds=config.train.checkpoint_seconds,
         stage=f"expert {partition}", device=device, dtype=dtype), progress, should_stop)  # fmt: skip

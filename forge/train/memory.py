@@ -128,8 +128,8 @@ def candidates(config: RunConfig, stage: Stage, products: Products | None = None
     if stage not in TRAINING:
         yield predict(config, stage)
         return
-    largest = min(LARGEST_MICRO_BATCH, config.train.batch_size)
-    for micro_batch in (m for m in range(largest, 0, -1) if config.train.batch_size % m == 0):
+    batch_size = config.batch_size(stage)
+    for micro_batch in (m for m in range(min(LARGEST_MICRO_BATCH, batch_size), 0, -1) if batch_size % m == 0):
         yield predict(config, stage, micro_batch, products=products)
     yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS, products=products)
 
@@ -167,7 +167,7 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
               product: int) -> dict[str, int]:  # fmt: skip
     """The parts of a training process whose matrix products take numbers of `product` bytes."""
     model = config.model
-    phase = config.train.shared if shared else config.train.expert
+    phase = config.phase("shared" if shared else "expert")
     hidden = model.expert_parameters + (model.attention_parameters if shared else 0)
     rest = model.embedding_parameters + model.norm_parameters if shared else 0
     positions = micro_batch * model.max_seq_len

@@ -39,7 +39,7 @@ def product_type() -> torch.dtype:
 def flops_per_token(config: RunConfig, plan: Plan) -> float:
     """FLOPs a token of training: 2 a weight in the forward pass, 2 for the inputs' gradients, 2 for the weights' own."""
     model, shared = config.model, plan.stage == "shared"
-    phase = config.train.shared if shared else config.train.expert
+    phase = config.phase(plan.stage)
     head = model.vocab_size * model.d_model
     layers = model.expert_parameters + model.attention_parameters
     learned = layers + head if shared else model.expert_parameters
@@ -47,8 +47,7 @@ def flops_per_token(config: RunConfig, plan: Plan) -> float:
     attention = 6 * model.n_layers * model.n_heads * model.head_dim * model.max_seq_len
     again = (2 * layers + attention / 3) if plan.recompute else 0
     per_step = _muon_flops(config, shared) if phase.optimizer == "muon" else 0
-    tokens = config.train.batch_size * model.max_seq_len
-    return 4.0 * (layers + head) + 2 * learned + attention + again + per_step / tokens
+    return 4.0 * (layers + head) + 2 * learned + attention + again + per_step / config.step_tokens(plan.stage)
 
 
 def _muon_flops(config: RunConfig, shared: bool) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from forge.checkpoint.handover import check_checkpoint, expert_steps, largest_checkpoint
+from forge.checkpoint.handover import check_checkpoint, largest_checkpoint
 from forge.checkpoint.safetensors_header import read_header
 from forge.config import RunConfig, parse_config
 from forge.errors import ForgeError, ShardError
@@ -45,7 +45,7 @@ def test_the_next_node_ends_with_the_same_bits(tmp_path: Path, optimizer: str) -
     (tmp_path / "second").mkdir()
     shutil.copy(checkpoint, tmp_path / "second")
     continued = run(tmp_path / "second", tmp_path / "files", config, 99)
-    assert continued["finished"] and expert_steps(config) == 3
+    assert continued["finished"] and config.steps("expert") == 3
     theirs, ours = load_file(str(continued["shard"])), load_file(str(alone["shard"]))
     assert all(np.array_equal(theirs[name], ours[name]) for name in ours)
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 import pytest
 
 from coordinator.cli import main
-from coordinator.listing import event_line, partitions
+from coordinator.journal import Journal
+from coordinator.listing import event_line, events, partitions
 from tests.test_imports import _loaded
 
 from .conftest import World
@@ -106,3 +107,14 @@ def test_an_event_for_people_is_its_sentence_or_its_facts() -> None:
 
 def test_reading_events_imports_nothing_heavy(world: World) -> None:
     assert _loaded("coordinator.cli", "events", "--run-dir", str(world.root)) == set()
+
+
+def test_a_line_that_a_kill_cut_swallows_no_event(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path, lambda _: None)
+    journal.event("before")
+    for torn in (b'{"ts": "2026-01-01T00:00:00.000+00:00", "ev', b"\xc3"):
+        with open(path, "ab") as file:
+            file.write(torn)  # A coordinator that was killed as it wrote.
+        journal.event("after")
+    assert [json.loads(line)["event"] for line in events(tmp_path)] == ["before", "after", "after"]

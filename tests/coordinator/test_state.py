@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 import pytest
 
+from coordinator.choice import MAX_REJECTIONS
 from coordinator.records import CheckpointRecord, LeaseRecord, Receipt
-from coordinator.state import ELSEWHERE, IN_FRONT, MAX_REJECTIONS, State
+from coordinator.state import ELSEWHERE, IN_FRONT, State
 from forge.errors import ProtocolError, StorageError
 
 from .fakes import LEASE_SECONDS, Clock

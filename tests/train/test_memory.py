@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import torch
 from forge.config import RunConfig, load_config
 from forge.errors import ConfigError, MemoryBudgetError
 from forge.model.lm import DenseLM
-from forge.planning import gain, plan_lines
+from forge.planning import MATURE, gain, plan_lines
 from forge.train.loop import LoopSettings, train
 from forge.train.memory import (
     LIGHT_MB,
@@ -29,6 +30,7 @@ from forge.train.memory import (
     predict,
     process_bytes,
 )
+from forge.train.shared import maturity
 
 
 @pytest.mark.parametrize(("text", "size"), [("8G", 8 << 30), ("512M", 512 << 20), ("1.5GiB", 3 << 29), ("1024", 1024),
@@ -146,6 +148,26 @@ def test_the_printed_plan_marks_the_chosen_plan_and_what_does_not_fit() -> None:
         for line in plan_lines(config, too_little, rate=1e11):
             printed.append(line)
     assert [line.split()[1] for line in printed if line.startswith("!")] == ["shared"]
+
+
+def test_the_plan_says_how_the_time_is_split_and_what_would_be_better() -> None:
+    def advice(*overrides: str, nodes: int | None = None) -> list[str]:
+        return list(plan_lines(load_config("default", overrides), 16 << 30, 1e11, nodes))[-3:]
+
+    assert "with 5 nodes" in "".join(advice()) and "the best model" not in "".join(advice()), "the default's split is a good one"
+    # As many tokens for each expert as for the shared components: far too many, and three turns of them with two nodes.
+    said, better, _ = advice("train.shared.tokens=20_000_000", nodes=2)
+    assert said.startswith("with 2 nodes") and "the best model for the same time comes from about 85%" in better
+    changed = re.findall(r"train\.\w+\.tokens=\d+", better)
+    assert len(changed) == 2
+    again = advice(*changed, nodes=2)
+    assert not any("the best model" in line for line in again), "the advice holds to itself"
+    hours = [sum(map(float, re.findall(r"([\d.]+) (?:hours )?for the", line))) for line in (said, next(
+        line for line in again if line.startswith("with 2")))]  # fmt: skip
+    assert hours[1] == pytest.approx(hours[0], rel=0.1), "for the same time"
+    old, young = "train.shared.tokens=200_000_000", "train.shared.tokens=20_000_000"
+    assert maturity(load_config("default", [young])) < MATURE < maturity(load_config("default", [old]))
+    assert "hold every expert back" in advice(young)[-1] and "hold every expert back" not in "".join(advice(old))
 
 
 def test_the_gain_of_more_memory_is_a_sentence() -> None:
