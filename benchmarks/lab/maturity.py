@@ -1,10 +1,11 @@
 """How long to train the shared components, as a share of a wall-clock time T, counted in optimiser steps of one machine.
 
-Three comparisons, at each maturity of the shared components (training tokens per live parameter at the split):
+Four comparisons, at each maturity of the shared components (training tokens per live parameter at the split):
 
 - alone: one machine trains the shared components for a share of T, then five train experts; the rival is one machine that
   trains a dense model for all of T;
-- equal tokens: the same, against one machine that trains a dense model on as many tokens as all six saw in sum;
+- equal tokens, jointly: the same, against one machine that trains a dense model, or the mixture as one, on as many tokens as
+  all of them saw in sum;
 - together: five machines train the shared components by DiLoCo, then an expert each; the rival is DiLoCo for all of T.
 """
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from benchmarks.lab import rivals
 from benchmarks.lab.phases import DECAY, WARMUP_STEPS, State, dense_model, state_of, steps_of, tokens_of
-from benchmarks.lab.rows import Maker, Point, Row, dense_row, modular_row, result, trained_flops, wanted
+from benchmarks.lab.rows import Maker, Point, Row, dense_row, joint_row, modular_row, result, trained_flops, wanted
 from benchmarks.lab.setting import TRAIN, Setting
 
 #: Shares of T for the shared phase.
@@ -27,6 +28,7 @@ SHARES = (0.7, 0.8, 0.9, 0.95)
 #: Who is compared with whom: (ours, rival) by comparison.
 PAIRS = {"alone": ("alone: ours", "alone: dense for all of T"),
          "equal tokens": ("alone: ours", "alone: dense, tokens of everybody"),
+         "jointly": ("alone: ours", "alone: trained jointly, tokens of everybody"),
          "together": ("together: ours", "together: DiLoCo for all of T")}  # fmt: skip
 #: Optimiser steps between two meetings of the workers.
 ROUND_STEPS = 25
@@ -34,7 +36,7 @@ ROUND_STEPS = 25
 
 def measure_alone(setting: Setting, maturity: float, shares: Sequence[float],
                   only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Three sides of the first two comparisons at one maturity, those whose name has `only` in it."""
+    """The sides of the first three comparisons at one maturity, those whose name has `only` in it."""
     shared = steps_of(setting, maturity * setting.parameters)
     for share in shares:
         total = round(shared / share)
@@ -42,7 +44,8 @@ def measure_alone(setting: Setting, maturity: float, shares: Sequence[float],
         makers: dict[str, Maker] = {
             "alone: dense for all of T": partial(dense_row, steps=total, name="rival"),
             "alone: ours": lambda p: modular_row(p, p.ours(p.setting.top_k)),
-            "alone: dense, tokens of everybody": partial(dense_row, steps=point.total_steps, name="rival")}  # fmt: skip
+            "alone: dense, tokens of everybody": partial(dense_row, steps=point.total_steps, name="rival"),
+            "alone: trained jointly, tokens of everybody": joint_row}
         facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
         yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
 

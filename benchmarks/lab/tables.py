@@ -13,7 +13,8 @@ from benchmarks.lab.maturity import PAIRS
 Rows = list[dict[str, Any]]
 #: What the curves over maturity compare.
 CURVES = {"alone": "Alone: one machine for a share of T and five for the rest, against one machine for all of T",
-          "equal tokens": "Equal tokens: the same, against a dense model that saw all of ours' tokens",
+          "equal tokens": "Equal tokens: the same, against a dense model that saw as many tokens as everybody together",
+          "jointly": "Jointly: the same, against the mixture trained as one on as many tokens",
           "together": "Together: five machines by DiLoCo for a share of T, then an expert each, against DiLoCo for all of T"}
 
 
