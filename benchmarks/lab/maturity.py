@@ -77,16 +77,15 @@ class Together(Point):
         return f"together-{super().shared_name}"
 
     def train_shared(self) -> State:
-        """Train the shared components, at a constant rate: the experts anneal for themselves."""
-        return _by_all(self.setting, self.shared_steps, decay=0.0)
+        """Train the shared components."""
+        return _by_all(self.setting, self.shared_steps)
 
 
-def _by_all(setting: Setting, steps: int, decay: float, **model: Any) -> State:
+def _by_all(setting: Setting, steps: int, **model: Any) -> State:
     """A dense model by DiLoCo from the first step, a random share of the documents for each worker."""
     start = state_of(dense_model(setting, **model))
     return rivals.diloco(setting, start, _shards(setting), steps, max(1, round(steps / ROUND_STEPS)),
-                         f"together-{'constant' if decay == 0 else 'annealed'}-{steps}", setting.scale.learning_rate,
-                         decay=decay, warmup=WARMUP_STEPS, **model)  # fmt: skip
+                         f"together-{'rival-' if model else ''}{steps}", setting.scale.learning_rate, decay=DECAY, warmup=WARMUP_STEPS, **model)  # fmt: skip
 
 
 def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
@@ -98,6 +97,6 @@ def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
 def _dense_together(point: Point, steps: int) -> Row:
     setting = point.setting
     fields = setting.rival()
-    model = dense_model(setting, _by_all(setting, steps, DECAY, **fields), **fields).eval()
+    model = dense_model(setting, _by_all(setting, steps, **fields), **fields).eval()
     everybody = setting.experts * steps
     return Row(point.measure(model), tokens_of(setting, everybody), trained_flops(point, everybody, **fields))

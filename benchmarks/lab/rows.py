@@ -41,8 +41,8 @@ class Point:
     setting: Setting
     shared_steps: int
     expert_steps: int
-    annealed: bool = False
-    """Whether the shared phase ends in its decay; else the experts anneal for themselves."""
+    annealed: bool = True
+    """Whether the shared phase ends in its decay; else only the experts' rate falls, and the shared components never settle."""
     partition: str = "clustered"
     recipe: Recipe = Recipe()
 
