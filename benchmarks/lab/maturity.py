@@ -85,7 +85,8 @@ def _by_all(setting: Setting, steps: int, **model: Any) -> State:
     """A dense model by DiLoCo from the first step, a random share of the documents for each worker."""
     start = state_of(dense_model(setting, **model))
     return rivals.diloco(setting, start, _shards(setting), steps, max(1, round(steps / ROUND_STEPS)),
-                         f"together-{'rival-' if model else ''}{steps}", setting.scale.learning_rate, decay=DECAY, warmup=WARMUP_STEPS, **model)  # fmt: skip
+                         f"together-{'rival-' if model else ''}{steps}", setting.scale.learning_rate, decay=DECAY,
+                         warmup=WARMUP_STEPS, **model)  # fmt: skip
 
 
 def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
