@@ -196,9 +196,12 @@ class MixedSampler(SequenceSampler):
         self._other, self._share = other, share
 
     def batch(self, step: int, batch_size: int) -> npt.NDArray[np.int64]:
-        """The windows of one optimiser step."""
-        other = round(self._share * batch_size)
-        return np.concatenate([super().batch(step, batch_size - other), self._other.batch(step, other)])
+        """The windows of one optimiser step; a share of less than a window comes in every few steps."""
+        windows, other = super().batch(step, batch_size), self._share * batch_size
+        count = int((step + 1) * other) - int(step * other)
+        if count:
+            windows[:count] = self._other.batch(step, batch_size)[:count]
+        return windows
 
 
 #: Tokens of a document, its end-of-text included, that count as its opening.

@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from benchmarks.lab import mixtures, properties, rivals
-from benchmarks.lab.phases import dense_model, state_of
+from benchmarks.lab.phases import MixedSampler, dense_model, state_of
 from benchmarks.lab.setting import SCALES, Setting
 from forge.config import parse_config
+from forge.data.packing import SequenceSampler
 from forge.data.sources import documents
 from forge.model.moe import Routing
 
@@ -143,6 +145,25 @@ def test_a_small_benchmark_measures_its_rows_once(tmp_path: Path) -> None:
     found = {row["row"]: row["mean"] for row in json.loads((tmp_path / "results" / "quality.json").read_text())
              if row["table"] == "variants"}  # fmt: skip
     assert len(found) == 3 and len(set(found.values())) == 3, "every variant changes the result"
+
+
+class Numbered(SequenceSampler):
+    """Windows that all hold one number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def batch(self, step: int, batch_size: int) -> npt.NDArray[np.int64]:
+        return np.full((batch_size, 3), self.number)
+
+
+def test_a_share_of_less_than_a_window_comes_in_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = MixedSampler.__new__(MixedSampler)
+    mixed._other, mixed._share = Numbered(1), 1 / 8
+    monkeypatch.setattr(SequenceSampler, "batch", Numbered(0).batch)
+    assert [int(mixed.batch(step, 4)[:, 0].sum()) for step in range(8)] == [0, 1] * 4
+    mixed._share = 3 / 8
+    assert [int(mixed.batch(step, 4)[:, 0].sum()) for step in range(4)] == [1, 2, 1, 2]
 
 
 def test_distinct_pairs_and_repetition() -> None:
