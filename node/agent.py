@@ -16,26 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from forge.config import RunConfig, parse_config
-from forge.errors import (
-    INTERRUPTED,
-    ForgeError,
-    ProtocolError,
-    RunMismatchError,
-    ShardError,
-    TrainingError,
-)
+from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError, TrainingError
 from forge.files import hash_file, read_json
 from forge.jobs import enforcement
 from forge.system import peak_resident_bytes
 from forge.train.memory import LIGHT_MB, MB, Plan, candidates, format_size, plan
-from forge.vocabulary import SHARD_FORMAT_VERSION
-from node.cache import CHECKPOINT_FILE, Cache, Submission, claimed
+from forge.vocabulary import CHECKPOINT_FILE, SHARD_FORMAT_VERSION
+from node.cache import Cache, Submission, claimed
 from node.client import FleetClient
 from node.console import Console
 from node.control import listening
 from node.disk import check_disk
 from node.guest import Guest
-from node.handover import hand_over, inherit
+from node.handover import hand_over, inherit, show_checkpoints
 from node.heartbeat import Heartbeats
 from node.identity import Identity
 from node.machine import MachineProfile
@@ -296,7 +289,7 @@ class Agent:
             "sha256": sha256, "size": size, "tokens_seen": int(facts["tokens_seen"]),
             "final_loss": float(facts["final_loss"]), "node_name": self._name,
             "config_fingerprint": self._run.config_fingerprint, "shared_sha256": assignment.shared.sha256,
-            "format_version": SHARD_FORMAT_VERSION,
+            "format_version": SHARD_FORMAT_VERSION, "checkpoints": facts.get("checkpoints") or {},
         }  # fmt: skip
         return Submission(lease_id=assignment.lease_id, partition=assignment.partition, sha256=sha256, size=size,
                           shard=str(trained.shard), manifest=json.dumps(manifest, sort_keys=True))  # fmt: skip
@@ -331,6 +324,7 @@ class Agent:
                 manifest = submission.manifest.encode()
                 receipt = self._client.commit(submission.lease_id, submission.sha256, manifest,
                                               self._identity.sign(manifest))  # fmt: skip
+                show_checkpoints(submission, receipt.wanted, self._cache, self._client, self._console.line, on_bytes)
         except (ProtocolError, RunMismatchError, ShardError) as error:
             if isinstance(error, ProtocolError) or hash_file(shard) != submission.sha256:
                 # The lease is unknown there, or the file is damaged here: the checkpoint makes the shard anew.

@@ -410,4 +410,4 @@ def _blob(message: pb.Blob) -> Blob:
 
 def _receipt(message: pb.Receipt) -> Receipt:
     return Receipt(sha256=message.sha256, partition=message.partition, reasons=tuple(message.reasons),
-                   verdict=_VERDICTS.get(message.verdict, Verdict.PENDING))  # fmt: skip
+                   wanted=tuple(message.wanted), verdict=_VERDICTS.get(message.verdict, Verdict.PENDING))  # fmt: skip

@@ -1,12 +1,15 @@
-"""An unfinished expert that goes from one node to the next: `forge-node finish --now` leaves it."""
+"""Checkpoints that leave this machine: an unfinished expert that goes to the next node (`forge-node finish --now` leaves it),
+and those of a finished one that a coordinator who audits asks for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from forge.config import RunConfig
 from forge.errors import AccessError, ProtocolError, ShardError
-from node.cache import CHECKPOINT_FILE, Cache
+from forge.vocabulary import CHECKPOINT_FILE
+from node.cache import Cache, Submission
 from node.client import FleetClient, OnBytes
 from node.messages import Assignment
 
@@ -46,3 +49,19 @@ def hand_over(assignment: Assignment, cache: Cache, client: FleetClient, say: Ca
     cache.finish(partition)
     say(f"Partition {partition} is handed over: another node goes on from there.")
     return True
+
+
+def show_checkpoints(submission: Submission, wanted: Iterable[str], cache: Cache, client: FleetClient,
+                     say: Callable[[str], None], on_bytes: OnBytes) -> None:  # fmt: skip
+    """Send the checkpoints of a finished training that the coordinator wants to repeat a part from; nothing else is sent."""
+    kept, partition = cache.kept(submission), submission.partition
+    for sha256 in wanted:
+        path = kept.get(sha256)
+        if path is None or not path.is_file():
+            say(f"Partition {partition}: the coordinator asks for a checkpoint that is not here.")
+            continue
+        say(f"Partition {partition}: the coordinator repeats a part of the training and asks for a checkpoint of it.")
+        try:
+            client.upload(submission.lease_id, sha256, path, on_bytes, checkpoint=True)
+        except (ProtocolError, ShardError) as error:  # It may have its verdict by now.
+            say(f"Partition {partition}: the checkpoint was not taken: {error}")
