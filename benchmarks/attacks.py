@@ -275,11 +275,11 @@ def attack(arena: Arena, partition: int) -> list[Try]:
         tried(name, strength, partial(arena.write, tensors, partition))
     for name, spoil in FILES.items():
         tried(name, "the file", partial(_spoiled, arena, experts[partition], spoil), sound=False)
-    for weight in SABOTAGE:
-        tried("trained against the others", f"{weight:g} of their loss",
-              partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     for share in BACKDOORS:
         tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
+    for weight in SABOTAGE if partition == 0 else ():  # Each trains on all partitions.
+        tried("trained against the others", f"{weight:g} of their loss",
+              partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     arena.place(partition, good)
     return tries
 

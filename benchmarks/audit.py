@@ -28,16 +28,18 @@ from forge.model import names
 from forge.model.lm import read_tensors
 from forge.pipeline import local_assignment, prepare_run
 from forge.train import expert as expert_phase
-from forge.train.memory import candidates
+from forge.train.memory import Products, candidates
 from forge.train.replay import MOMENTUM_TOLERANCE, TOLERANCE, Part, compare, replay
 from forge.vocabulary import STAGES, kept_file
 
 #: Parts of the training: short ones as by default, and halves.
 PARTS = (8, 2)
 #: What a repetition is done with: threads, products, which of the memory plans.
-HONEST = {"the same": (1, "float32", 0), "two threads": (2, "float32", 0), "micro-batch 1": (1, "float32", 1),
-          "recomputed activations": (1, "float32", -1), "bfloat16": (1, "bfloat16", 0),
-          "bfloat16, two threads, recomputed": (2, "bfloat16", -1)}  # fmt: skip
+HONEST: dict[str, tuple[int, Products, int]] = {
+    "the same": (1, "float32", 0), "two threads": (2, "float32", 0), "micro-batch 1": (1, "float32", 1),
+    "recomputed activations": (1, "float32", -1), "bfloat16": (1, "bfloat16", 0),
+    "bfloat16, two threads, recomputed": (2, "bfloat16", -1)}  # fmt: skip
+PRODUCTS: tuple[Products, ...] = ("float32", "bfloat16")
 
 
 class Bench:
@@ -51,7 +53,8 @@ class Bench:
         self.assignment = local_assignment(run, partition) | {"config": tree}
         self.directory = run.work / "audit" / f"p{partition}-{parts}"
         self.steps = [0, *self.config.audit_steps(), self.config.steps("expert")]
-        self.plans = [plan.peak_bytes for plan in candidates(self.config, "expert")]
+        self.plans = {products: [plan.peak_bytes for plan in candidates(self.config, "expert", products)]
+                      for products in PRODUCTS}  # fmt: skip
         self.work = run.work / "audit" / "replay"
         self.shared = Path(self.assignment["shared_ffn"])
 
@@ -59,7 +62,8 @@ class Bench:
         """The node's work directory, trained in float32 with one thread."""
         if not (self.directory / "shard.safetensors").is_file():
             _with(1, "float32")
-            expert_phase.train_expert(self.assignment, self.directory, self.plans[0], lambda **event: None, lambda: False)
+            expert_phase.train_expert(self.assignment, self.directory, self.plans["float32"][0], lambda **event: None,
+                                      lambda: False)  # fmt: skip
         return self.directory
 
     def part(self, number: int) -> Part:
@@ -69,10 +73,10 @@ class Bench:
         return Part(first=first, last=last, before=self.directory / kept_file(first) if first else None,
                     after=self.directory / after)  # fmt: skip
 
-    def repeat(self, part: Part, threads: int, products: str, plan: int) -> dict[str, float]:
+    def repeat(self, part: Part, threads: int, products: Products, plan: int) -> dict[str, float]:
         """The distances that an audit finds."""
         _with(threads, products)
-        found = replay(self.assignment, part, self.work, self.plans[plan], lambda **event: None, lambda: False)
+        found = replay(self.assignment, part, self.work, self.plans[products][plan], lambda **event: None, lambda: False)
         return {key: found[key] for key in ("distance", "momentum")}
 
     def forged(self, number: int) -> Iterator[tuple[str, Part]]:
@@ -112,7 +116,7 @@ class Bench:
         """What comes of some steps from the part's beginning, as its end."""
         _with(1, "float32")
         shorter = Part(first=part.first, last=part.first + steps, before=part.before, after=part.after)
-        replay(assignment, shorter, self.work, self.plans[0], lambda **event: None, lambda: False)
+        replay(assignment, shorter, self.work, self.plans["float32"][0], lambda **event: None, lambda: False)
         made = self.work.parent / "trained.safetensors"
         (self.work / "checkpoint.safetensors").replace(made)
         return Part(first=part.first, last=part.last, before=part.before, after=made)

@@ -142,7 +142,7 @@ class Agent:
     def _understood(self, joined: Joined) -> RunConfig:
         try:
             config = parse_config(json.loads(joined.run.config_json), "The coordinator's config")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError("The coordinator sent a config that is not JSON: update the older of the two.",
                                 detail=str(error)) from error  # fmt: skip
         if config.fingerprint != joined.run.config_fingerprint:

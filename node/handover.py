@@ -55,10 +55,13 @@ def show_checkpoints(submission: Submission, wanted: Iterable[str], cache: Cache
                      say: Callable[[str], None], on_bytes: OnBytes) -> None:  # fmt: skip
     """Send the checkpoints of a finished training that the coordinator wants to repeat a part from; nothing else is sent."""
     kept, partition = cache.kept(submission), submission.partition
-    for sha256 in wanted:
-        path = kept.get(sha256)
-        if path is None or not path.is_file():
-            say(f"Partition {partition}: the coordinator asks for a checkpoint that is not here.")
+    asked = dict.fromkeys(wanted)
+    if not asked.keys() <= kept.keys():
+        say(f"Partition {partition}: the coordinator asks for something that is no checkpoint of the training; it stays here.")
+    for sha256 in asked.keys() & kept.keys():
+        path = kept[sha256]
+        if not path.is_file():
+            say(f"Partition {partition}: the coordinator asks for a checkpoint that is not here any more.")
             continue
         say(f"Partition {partition}: the coordinator repeats a part of the training and asks for a checkpoint of it.")
         try:
