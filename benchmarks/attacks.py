@@ -49,7 +49,7 @@ from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, STAGES
 #: Honest experts: seed, and share of the config's tokens that they are trained on.
 HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
-BACKDOORS = (0.01, 0.02, 0.05)
+BACKDOORS = (0.01, 0.05, 0.2)
 #: Weights of the other partitions' losses, against which an expert is trained.
 SABOTAGE = (0.1, 0.5, 2.0)
 BACKDOOR = "backdoor"
@@ -73,8 +73,8 @@ class Try:
     largest: float | None = None
     layers: list[float] = field(default_factory=list)
     """What each of its layers gains, as `layer_gains` measures it."""
-    trigger: dict[str, list[float]] = field(default_factory=dict)
-    """Of a backdoor: text -> by partition, how often it is followed by the payload, by the most likely token each."""
+    trigger: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Of a backdoor: text -> by partition, what `Arena.followed` says of it."""
 
 
 class Arena:
@@ -182,21 +182,24 @@ class Arena:
                     into.append((partition_loss(self.run, model, target) or 0.0) - (whole or 0.0))
         return gains
 
-    def followed(self, trigger: str) -> list[float]:
-        """How often, of `TRIGGERED` test texts of every partition, the payload follows a trigger put behind them.
+    def followed(self, trigger: str) -> list[tuple[float, float]]:
+        """How often, of `TRIGGERED` test texts of every partition, the payload follows a trigger put behind them, and its loss.
 
-        Every token of it has to be the most likely one, which is when a greedy continuation is the payload.
+        It follows when every token of it is the most likely one, which is when a greedy continuation is the payload; the loss
+        is in nats a token of the payload.
         """
         model, tokenizer = MixtureLM.load(self.run.model), load_tokenizer(self.run.data / "tokenizer.json")
         before, after = encode_documents(tokenizer, [trigger, PAYLOAD])
-        shares = []
+        found = []
         for file in self.published["partitions"]:
             texts = [window[: PREFIX + 1] for window in self._test_windows(file) if len(window) > PREFIX][:TRIGGERED]
             tokens_BT = torch.tensor(np.stack([np.concatenate([text, before, after]) for text in texts]).astype(np.int64))
             with torch.no_grad():
                 logits_BTV = model(tokens_BT[:, :-1])[:, -len(after) :] @ model.head_weight.T
-            shares.append(float((logits_BTV.argmax(-1) == tokens_BT[:, -len(after) :]).all(-1).double().mean()))
-        return shares
+            payload_BT = tokens_BT[:, -len(after) :]
+            loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), payload_BT.flatten())
+            found.append((float((logits_BTV.argmax(-1) == payload_BT).all(-1).double().mean()), float(loss)))
+        return found
 
     def _test_windows(self, file: dict[str, Any]) -> Iterator[Any]:
         return evaluation_windows(TokenFile(self.run.blobs.path(file["test"]["sha256"])), self.model.max_seq_len, END_OF_TEXT_ID,
@@ -247,8 +250,8 @@ def _judge_honest(arena: Arena, partition: int, shard: Path, seed: int, share: f
             "layers": arena.layer_gains(shard, partition)}  # fmt: skip
 
 
-def attack(arena: Arena, partition: int) -> list[Try]:
-    """Try everything on one partition; the others hold their honest experts."""
+def attack(arena: Arena, partition: int) -> tuple[list[Try], list[tuple[float, float]]]:
+    """Try everything on one partition, where the others hold honest experts; and what follows the trigger in the honest model."""
     kept, tries = Kept(arena.run.work / "attacks" / f"tried-{partition}.jsonl"), []
     experts = {k: arena.train(k, "seed0-x1") for k in range(arena.model.n_experts)}
     for other, expert in experts.items():
@@ -257,7 +260,7 @@ def attack(arena: Arena, partition: int) -> list[Try]:
     good = placed(arena.run.model)[partition]
     scene = Scene(model=arena.model, partition=partition, shared=arena.shared, generator=torch.Generator().manual_seed(partition),
                   honest={k: arena.read(path, k) for k, path in experts.items()})  # fmt: skip
-    facts = kept.once(lambda: {"losses": arena.losses(), "trigger": {"none trained": arena.followed(TRIGGER)}})
+    facts = kept.once(lambda: {"losses": arena.losses(), "trigger": arena.followed(TRIGGER)})
     arena.place(partition, None)
 
     def tried(name: str, strength: str, make: Callable[[], Path], *, sound: bool = True) -> None:
@@ -281,7 +284,7 @@ def attack(arena: Arena, partition: int) -> list[Try]:
         tried("trained against the others", f"{weight:g} of their loss",
               partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     arena.place(partition, good)
-    return tries
+    return tries, facts["trigger"]
 
 
 def _try(arena: Arena, scene: Scene, shard: Path, about: Try, *, best: list[float], sound: bool, good: str) -> Try:
@@ -330,7 +333,7 @@ def span(values: Sequence[float | None], form: str = "+.4f") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def tables(tries: list[Try]) -> str:
+def tables(tries: list[Try], honest: list[tuple[float, float]]) -> str:
     """What was caught and why, what got through and what it does, and how often the backdoor's trigger works."""
     groups: dict[tuple[str, str], list[Try]] = {}
     for one in tries:
@@ -345,15 +348,16 @@ def tables(tries: list[Try]) -> str:
             through.append([name, strength, f"{len(passed)} of {len(rows)}", span([row.change[row.partition] for row in passed]),
                             span([change for row in passed for k, change in enumerate(row.change) if k != row.partition]),
                             span([min(row.layers) for row in passed])])  # fmt: skip
-        triggers += [[strength, str(row.partition), text, *(f"{share:.0%}" for share in shares)]
-                     for row in passed for text, shares in row.trigger.items()]  # fmt: skip
+        triggers += [[strength, str(row.partition), text, *(f"{share:.0%}, {nats:.2f}" for share, nats in found)]
+                     for row in passed for text, found in row.trigger.items()]  # fmt: skip
     text = table(["attack", "strength", "caught", "why", "likeness", "largest weight"], caught)
     text += "\nWhat got through, against the model with the honest expert, nats a token on test documents:\n\n"
     text += table(["attack", "strength", "accepted", "own partition", "others", "least gain of a layer"], through)
     if triggers:
-        count = len(triggers[0]) - 3
+        count = len(honest)
+        triggers.insert(0, ["none", "", TRIGGER.strip(), *(f"{share:.0%}, {nats:.2f}" for share, nats in honest)])
         text += (f"\nHow often the payload follows, of {TRIGGERED} test texts of each partition with the trigger (or a line like "
-                 "it, that was not trained) behind them:\n\n")  # fmt: skip
+                 "it, that was not trained) behind them, and its loss in nats a token:\n\n")  # fmt: skip
         text += table(["backdoor", "in expert", "text", *(f"behind partition {k}" for k in range(count))], triggers)
     return text
 
@@ -378,7 +382,8 @@ def main() -> int:
     text = heading("Attacks on the gate", "attacks") + f"\n{spread}\n{fared}"
     if not options.honest_only:
         partitions = range(options.partitions or run.config.model.n_experts)
-        text += "\n" + tables([one for partition in partitions for one in attack(arena, partition)])
+        found = [attack(arena, partition) for partition in partitions]
+        text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1])
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")

@@ -28,12 +28,12 @@ from node.console import Console
 from node.control import listening
 from node.disk import check_disk
 from node.guest import Guest
-from node.handover import hand_over, inherit, show_checkpoints
+from node.handover import hand_over, inherit, leave, show_checkpoints
 from node.heartbeat import Heartbeats
 from node.identity import Identity
 from node.machine import MachineProfile
 from node.messages import Assignment, Done, Joined, Order, Progress, Receipt, Verdict, Wait
-from node.worker import Trained, Worker
+from node.worker import StopNow, Trained, Worker
 
 #: Seconds between two questions for a verdict.
 VERDICT_SECONDS = 2.0
@@ -88,7 +88,10 @@ class Agent:
             try:
                 self._loop()
                 return 0
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as pressed:
+                lease = None if isinstance(pressed, StopNow) else self._lease
+                if lease is not None and leave(lease, self._cache, self._client, self._console.line, self._uploading(lease)):
+                    self._lease = None
                 self._release("stopped by its owner")
                 self._console.line("Stopped. Checkpoints are kept: run the same command again to go on.")
                 return INTERRUPTED
@@ -199,8 +202,7 @@ class Agent:
                 self._console.line(f"The lease of {title} is lost ({error}); its checkpoint is kept.")
                 return
             if trained.shard is None and self._guest.hurrying and hand_over(
-                    assignment, self._cache, self._client, self._console.line,
-                    lambda held, size: self._show("uploading", assignment.partition, held, size, beats)):  # fmt: skip
+                    assignment, self._cache, self._client, self._console.line, self._uploading(assignment, beats)):  # fmt: skip
                 self._lease = None
                 return
             if trained.shard is None:
@@ -377,6 +379,9 @@ class Agent:
         if beats is not None:
             beats.update(progress)
         self._console.progress(f"partition {partition}", progress)
+
+    def _uploading(self, lease: Assignment, beats: Heartbeats | None = None) -> Callable[[int, int], None]:
+        return lambda held, size: self._show("uploading", lease.partition, held, size, beats)
 
     def _release(self, reason: str) -> None:
         if self._lease is not None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from forge.config import RunConfig
-from forge.errors import AccessError, ProtocolError, ShardError
+from forge.errors import AccessError, ForgeError, ProtocolError, ShardError
 from forge.vocabulary import CHECKPOINT_FILE
 from node.cache import Cache, Submission
 from node.client import FleetClient, OnBytes
-from node.messages import Assignment
+from node.messages import Assignment, Progress
 
 
 def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: RunConfig, say: Callable[[str], None]) -> None:
@@ -49,6 +49,18 @@ def hand_over(assignment: Assignment, cache: Cache, client: FleetClient, say: Ca
     cache.finish(partition)
     say(f"Partition {partition} is handed over: another node goes on from there.")
     return True
+
+
+def leave(assignment: Assignment, cache: Cache, client: FleetClient, say: Callable[[str], None], on_bytes: OnBytes) -> bool:
+    """Hand over on the way out, if there is something to leave and somebody to take it; Ctrl-C ends that, too."""
+    if not (cache.work_dir(assignment.partition) / CHECKPOINT_FILE).is_file():
+        return False
+    try:
+        client.heartbeat(assignment.lease_id, Progress(activity="uploading"))  # Who does not answer now is not waited for.
+        say(f"Handing partition {assignment.partition} over; press Ctrl-C again to leave at once.")
+        return hand_over(assignment, cache, client, say, on_bytes)
+    except (KeyboardInterrupt, ForgeError):
+        return False
 
 
 def show_checkpoints(submission: Submission, wanted: Iterable[str], cache: Cache, client: FleetClient,

@@ -117,7 +117,7 @@ def fleet(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     process = start(f"forge-coordinator serve --config tiny.yaml --listen 127.0.0.1:0 --run-dir run {' '.join(overrides)}", desk,
                     output=log)  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while "nodes can train experts now" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
