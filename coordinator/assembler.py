@@ -185,7 +185,7 @@ class Assembler:
             self._activity.say("")
         self._swept = False
         if self._audits is not None:
-            self._delete(self._audits.checkpoints(shard))
+            self._delete(self._audits.spent(shard))
         if judgement.accepted:
             if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
                 return 0.0  # Its node was revoked while it was being judged.

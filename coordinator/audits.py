@@ -98,6 +98,11 @@ class Audits:
         sample = self.sample(shard)
         return [] if sample is None else list(sample.checkpoints)
 
+    def spent(self, shard: ShardRecord) -> list[str]:
+        """The same when the shard has its verdict, without those that another shard waits with."""
+        others = {sha256 for other in self._state.pending_shards() if other.id != shard.id for sha256 in self.checkpoints(other)}
+        return [sha256 for sha256 in self.checkpoints(shard) if sha256 not in others]
+
     def wanted(self, lease_id: str) -> tuple[str, ...]:
         """sha256 of the checkpoints that the node of a lease still has to hand in."""
         if not self._config.fleet.audit:
