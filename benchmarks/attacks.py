@@ -250,7 +250,7 @@ def _judge_honest(arena: Arena, partition: int, shard: Path, seed: int, share: f
             "layers": arena.layer_gains(shard, partition)}  # fmt: skip
 
 
-def attack(arena: Arena, partition: int) -> tuple[list[Try], list[tuple[float, float]]]:
+def attack(arena: Arena, partition: int, sabotaged: bool = False) -> tuple[list[Try], list[tuple[float, float]]]:
     """Try everything on one partition, where the others hold honest experts; and what follows the trigger in the honest model."""
     kept, tries = Kept(arena.run.work / "attacks" / f"tried-{partition}.jsonl"), []
     experts = {k: arena.train(k, "seed0-x1") for k in range(arena.model.n_experts)}
@@ -278,9 +278,9 @@ def attack(arena: Arena, partition: int) -> tuple[list[Try], list[tuple[float, f
         tried(name, strength, partial(arena.write, tensors, partition))
     for name, spoil in FILES.items():
         tried(name, "the file", partial(_spoiled, arena, experts[partition], spoil), sound=False)
-    for share in BACKDOORS:
+    for share in BACKDOORS if partition == 0 else BACKDOORS[1:]:
         tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
-    for weight in SABOTAGE if partition == 0 else ():  # Each trains on all partitions.
+    for weight in SABOTAGE if sabotaged else ():
         tried("trained against the others", f"{weight:g} of their loss",
               partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     arena.place(partition, good)
@@ -369,6 +369,7 @@ def main() -> int:
     parser.add_argument("--config", default="smoke")
     parser.add_argument("--partitions", type=int, help="how many partitions are attacked; default all")
     parser.add_argument("--honest-only", action="store_true", help="only the distributions of honest experts")
+    parser.add_argument("--sabotage", action="store_true", help="also experts trained against the other partitions: minutes each")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; more wait for each other on a busy machine")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
@@ -382,7 +383,7 @@ def main() -> int:
     text = heading("Attacks on the gate", "attacks") + f"\n{spread}\n{fared}"
     if not options.honest_only:
         partitions = range(options.partitions or run.config.model.n_experts)
-        found = [attack(arena, partition) for partition in partitions]
+        found = [attack(arena, partition, options.sabotage) for partition in partitions]
         text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1])
     print(text)
     if options.output is not None:

@@ -11,7 +11,8 @@ The run in --run-dir is made when it is not there; what was measured stays in it
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 import sys
 from typing import Any
@@ -32,8 +33,9 @@ from forge.train.memory import Products, candidates
 from forge.train.replay import MOMENTUM_TOLERANCE, TOLERANCE, Part, compare, replay
 from forge.vocabulary import STAGES, kept_file
 
-#: Parts of the training: short ones as by default, and halves.
-PARTS = (8, 2)
+LINE = "points on the line to a finished expert"
+#: Parts of the training, and how many of them a long repetition takes at once.
+PARTS, LONG = 8, 4
 #: What a repetition is done with: threads, products, which of the memory plans.
 HONEST: dict[str, tuple[int, Products, int]] = {
     "the same": (1, "float32", 0), "two threads": (2, "float32", 0), "micro-batch 1": (1, "float32", 1),
@@ -45,13 +47,13 @@ PRODUCTS: tuple[Products, ...] = ("float32", "bfloat16")
 class Bench:
     """One expert, trained by a node that keeps checkpoints, and what an audit makes of its parts."""
 
-    def __init__(self, run: RunDirectory, partition: int, parts: int) -> None:
+    def __init__(self, run: RunDirectory, partition: int) -> None:
         self.run, self.partition = run, partition
         tree = run.config.model_dump(mode="json")
-        tree["fleet"] |= {"audit": 1.0, "audit_parts": parts}
+        tree["fleet"] |= {"audit": 1.0, "audit_parts": PARTS}
         self.config: RunConfig = parse_config(tree)
         self.assignment = local_assignment(run, partition) | {"config": tree}
-        self.directory = run.work / "audit" / f"p{partition}-{parts}"
+        self.directory = run.work / "audit" / f"p{partition}-{PARTS}"
         self.steps = [0, *self.config.audit_steps(), self.config.steps("expert")]
         self.plans = {products: [plan.peak_bytes for plan in candidates(self.config, "expert", products)]
                       for products in PRODUCTS}  # fmt: skip
@@ -66,10 +68,10 @@ class Bench:
                                       lambda: False)  # fmt: skip
         return self.directory
 
-    def part(self, number: int) -> Part:
-        """What the node kept of one part."""
-        first, last = self.steps[number : number + 2]
-        after = "shard.safetensors" if number + 2 == len(self.steps) else kept_file(last)
+    def part(self, number: int, parts: int = 1) -> Part:
+        """What the node kept of one part, or of some in a row."""
+        first, last = self.steps[number], self.steps[number + parts]
+        after = "shard.safetensors" if last == self.steps[-1] else kept_file(last)
         return Part(first=first, last=last, before=self.directory / kept_file(first) if first else None,
                     after=self.directory / after)  # fmt: skip
 
@@ -79,44 +81,41 @@ class Bench:
         found = replay(self.assignment, part, self.work, self.plans[products][plan], lambda **event: None, lambda: False)
         return {key: found[key] for key in ("distance", "momentum")}
 
-    def forged(self, number: int) -> Iterator[tuple[str, Part]]:
-        """Ways to hand in what was not trained; the part's true beginning, unless the name says otherwise."""
-        part, shard = self.part(number), self._weights(self.directory / "shard.safetensors")
-        before = self._weights(part.before) if part.before is not None else self._weights(self.shared)
-        true = self._weights(part.after)
-        yield "the beginning again", self._made(part, before)
-        yield "half of the steps", self._half(part)
-        random = torch.Generator().manual_seed(number)
+    def forged(self, number: int) -> dict[str, Callable[[], Part]]:
+        """Ends of a part that were not trained, from its true beginning."""
+        part, random = self.part(number), torch.Generator().manual_seed(number)
+        before, true = self._weights(part.before or self.shared), self._weights(part.after)
         noise = {name: torch.randn(value.shape, generator=random) for name, value in true.items()}
-        yield "noise of the right length", self._made(part, {
-            name: value + noise[name] * (true[name] - value).norm() / noise[name].norm() for name, value in before.items()})
         middle = {names.ffn_name(self.config.model.n_layers // 2, matrix) for matrix in names.MATRICES}
-        yield "one layer with noise of 0.3 of its deviation", self._made(part, {
-            name: value + 0.3 * value.std() * noise[name] if name in middle else value for name, value in true.items()})
-        yield "one layer with noise of 0.03 of its deviation", self._made(part, {
-            name: value + 0.03 * value.std() * noise[name] if name in middle else value for name, value in true.items()})
-        start, end = self._weights(self.shared), self.steps[-1]
-        line = [{name: start[name] + step / end * (shard[name] - start[name]) for name in start}
+        random_end = {name: value + noise[name] * (true[name] - value).norm() / noise[name].norm()
+                      for name, value in before.items()}  # fmt: skip
+
+        def noisy(strength: float) -> dict[str, Tensor]:
+            return {name: value + strength * value.std() * noise[name] if name in middle else value
+                    for name, value in true.items()}  # fmt: skip
+
+        return {"the beginning again": partial(self._made, part, before),
+                "half of the steps": partial(self.trained, part, (part.last - part.first) // 2),
+                "noise of the right length": partial(self._made, part, random_end),
+                "one layer with noise of 0.3 of its deviation": partial(self._made, part, noisy(0.3)),
+                "one layer with noise of 0.03 of its deviation": partial(self._made, part, noisy(0.03))}  # fmt: skip
+
+    def on_the_line(self, number: int) -> Part:
+        """Both ends of a part on the line from the shared FFN to the finished expert, with no momentum."""
+        part, start = self.part(number), self._weights(self.shared)
+        shard, first = self._weights(self.directory / "shard.safetensors"), self.work.parent / "made-before.safetensors"
+        line = [{name: torch.lerp(start[name], shard[name], step / self.steps[-1]) for name in start}
                 for step in (part.first, part.last)]  # fmt: skip
-        first = self.work.parent / "made-before.safetensors"
         _save(first, line[0], part.first, momentum=True)
-        yield "points on the line to a finished expert", self._made(
-            Part(first=part.first, last=part.last, before=first if part.first else None, after=part.after), line[1])  # fmt: skip
+        return self._made(Part(first=part.first, last=part.last, before=first if part.first else None, after=part.after), line[1])
 
-    def other_text(self, part: Part) -> Part:
-        """The part trained on the tokens of another partition."""
-        other = (self.partition + 1) % self.config.model.n_experts
-        text = local_assignment(self.run, other)["train_tokens"]
-        return self._trained(part, self.assignment | {"train_tokens": text}, part.last - part.first)
-
-    def _half(self, part: Part) -> Part:
-        return self._trained(part, self.assignment, (part.last - part.first) // 2)
-
-    def _trained(self, part: Part, assignment: Mapping[str, Any], steps: int) -> Part:
-        """What comes of some steps from the part's beginning, as its end."""
+    def trained(self, part: Part, steps: int, text: int | None = None) -> Part:
+        """What comes of some steps from the part's beginning, as its end; on another partition's tokens if one is given."""
+        tokens = self.assignment["train_tokens"] if text is None else local_assignment(self.run, text)["train_tokens"]
         _with(1, "float32")
         shorter = Part(first=part.first, last=part.first + steps, before=part.before, after=part.after)
-        replay(assignment, shorter, self.work, self.plans["float32"][0], lambda **event: None, lambda: False)
+        replay(self.assignment | {"train_tokens": tokens}, shorter, self.work, self.plans["float32"][0], lambda **event: None,
+               lambda: False)  # fmt: skip
         made = self.work.parent / "trained.safetensors"
         (self.work / "checkpoint.safetensors").replace(made)
         return Part(first=part.first, last=part.last, before=part.before, after=made)
@@ -150,37 +149,44 @@ def _with(threads: int, products: str) -> None:
     vars(expert_phase)["product_dtype"] = lambda device: getattr(torch, products)
 
 
-def measure(bench: Bench) -> list[dict[str, Any]]:
-    """Every part of one expert, repeated honestly and against forgeries."""
+def measure(bench: Bench, parts: int) -> list[dict[str, Any]]:
+    """The first parts of one expert's training, repeated honestly and against forgeries."""
     bench.honest()
     kept, rows = Kept(bench.directory / "measured.jsonl"), []
+    ours = bench.work.parent / "ours.safetensors"
+    repeated: list[Part] = []
 
-    def note(kind: str, what: str, number: int, found: Callable[[], dict[str, float]]) -> None:
-        length = bench.steps[number + 1] - bench.steps[number]
-        rows.append(kept.once(lambda: {"kind": kind, "what": what, "parts": len(bench.steps) - 1, "part": number,
-                                       "steps": length, **found()}))  # fmt: skip
+    def against(part: Part, make: Callable[[], Part]) -> dict[str, float]:
+        """A forged end against an honest repetition of the part, of which one is enough."""
+        if repeated != [part]:
+            repeated[:] = [part]
+            bench.repeat(part, *HONEST["the same"])
+            (bench.work / "checkpoint.safetensors").replace(ours)
+        weights, momenta = compare(bench.config, bench.partition, make(), ours, bench.shared)
+        return {"distance": max(weights.values()), "momentum": max(momenta.values(), default=0.0)}
+
+    def note(kind: str, what: str, part: Part, found: Callable[[], dict[str, float]]) -> None:
+        about = {"kind": kind, "what": what, "first": part.first, "steps": part.last - part.first}
+        rows.append(kept.once(lambda: about | found()))
         print(rows[-1], flush=True)
 
-    for number in range(len(bench.steps) - 1):
+    for number in range(parts):
         part = bench.part(number)
         for what, settings in HONEST.items():
-            note("honest", what, number, lambda: bench.repeat(part, *settings))  # noqa: B023 - called at once
-        # One honest repetition is enough for every forged end of the same part.
-        bench.repeat(part, *HONEST["the same"])
-        ours = bench.work.parent / "ours.safetensors"
-        (bench.work / "checkpoint.safetensors").replace(ours)
-        note("forged", "trained on another partition's text", number, lambda: _against(bench, bench.other_text(part), ours))  # noqa: B023
-        for what, forged in bench.forged(number):
-            if forged.before != part.before:
-                note("forged", what, number, lambda: bench.repeat(forged, *HONEST["the same"]))  # noqa: B023
-            else:
-                note("forged", what, number, lambda: _against(bench, forged, ours))  # noqa: B023
+            note("honest", what, part, partial(bench.repeat, part, *settings))
+        other = (bench.partition + 1) % bench.config.model.n_experts
+        note("forged", "trained on another partition's text", part,
+             partial(against, part, partial(bench.trained, part, part.last - part.first, other)))  # fmt: skip
+        for what, make in bench.forged(number).items():
+            note("forged", what, part, partial(against, part, make))
+        note("forged", LINE, part, lambda: bench.repeat(bench.on_the_line(number), *HONEST["the same"]))  # noqa: B023
+    for number in range(parts):
+        part = bench.part(number)
+        fewer = partial(bench.trained, part, part.last - part.first - 1)
+        note("forged", "all steps but one", part, partial(against, part, fewer))
+    for number in range(0, PARTS, LONG):
+        note("honest", "bfloat16", long := bench.part(number, LONG), partial(bench.repeat, long, *HONEST["bfloat16"]))
     return rows
-
-
-def _against(bench: Bench, part: Part, ours: Path) -> dict[str, float]:
-    weights, momenta = compare(bench.config, bench.partition, part, ours, bench.shared)
-    return {"distance": max(weights.values()), "momentum": max(momenta.values(), default=0.0)}
 
 
 def main() -> int:
@@ -189,16 +195,16 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/attacks"))
     parser.add_argument("--config", default="smoke")
     parser.add_argument("--partitions", type=int, default=1, help="how many experts are trained and audited")
+    parser.add_argument("--parts", type=int, default=PARTS, help=f"how many of the {PARTS} parts are repeated")
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
     options = parser.parse_args()
     run = prepare_run(options.run_dir, load_config(options.config, options.set), STAGES, ram_bytes=4 << 30, threads=1,
                       on_event=lambda event: None)  # fmt: skip
-    rows = [row for partition in range(options.partitions) for parts in PARTS
-            for row in measure(Bench(run, partition, parts))]  # fmt: skip
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["kind"] != "honest", row["parts"] < max(PARTS))):
-        groups.setdefault((row["kind"], row["what"], row["parts"]), []).append(row)
+    rows = [row for partition in range(options.partitions) for row in measure(Bench(run, partition), options.parts)]
+    groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["kind"] != "honest"):
+        groups.setdefault((row["kind"], row["what"], row["steps"] > rows[0]["steps"] * LONG / 2), []).append(row)
     text = heading("Repeating a part of a training", "audit") + "\n"
     text += table(["", "repeated with, or handed in", "steps", "cases", "weights: least", "largest", "momenta: least", "most"], [
         [kind, what, "-".join(map(str, sorted({row["steps"] for row in found}))), str(len(found)),
