@@ -194,15 +194,16 @@ class Assembler:
                                 loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
             return 0.0
         reasons = judgement.reasons or ("no reason was given",)
-        self._state.reject(shard.id, reasons)
+        self._state.reject(shard.id, reasons, again=not judgement.condemned)
         self._journal.event("rejected", f"{who} is rejected: {'; '.join(reasons)}", partition=shard.partition,
                             sha256=shard.sha256, node=shard.node_name, reasons=list(reasons))  # fmt: skip
-        self._discard(shard)
+        if not (judgement.condemned and self._state.uses(shard.sha256)):
+            self._discard(shard)
         return 0.0
 
     def _discard(self, shard: ShardRecord) -> None:
-        """Delete the bytes of a shard that was judged bad: the verdict is kept, so they are never needed again."""
-        if not self._state.uses(shard.sha256) and self._run.blobs.has(shard.sha256):
+        """Delete the bytes of a shard that was judged bad: the verdict is kept, or they are uploaded again."""
+        if self._run.blobs.has(shard.sha256):
             if shard.sha256 in json.dumps(self._run.marker("publish")):
                 return  # Somebody handed in a published file as a shard.
             with storage_errors(self._run.blobs.directory):

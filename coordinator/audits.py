@@ -138,14 +138,15 @@ class Audits:
         try:
             found = self._repeat(shard, sample, run_job, on_progress)
         except ShardError as error:
-            return replace(judgement, accepted=False, reasons=(f"the audit of its training, {steps}: {str(error).rstrip('.')}",))
+            reason = f"the audit of its training, {steps}: {str(error).rstrip('.')}"
+            return replace(judgement, accepted=False, condemned=False, reasons=(reason,))
         facts = f"its weights are {found['distance']:.2g} and its momenta {found['momentum']:.2g} from what came out"
         note("audited", f"{steps} of expert {shard.partition} of {shard.node_name} were repeated: {facts}",
              partition=shard.partition, node=shard.node_name, first=sample.first, last=sample.last,
              distance=found["distance"], momentum=found["momentum"])  # fmt: skip
         if found["within"]:
             return judgement
-        return replace(judgement, accepted=False, reasons=(
+        return replace(judgement, accepted=False, condemned=False, reasons=(
             f"it was not trained as it says: {steps} were repeated from its checkpoint, and {facts}: rounding explains less",))
 
     def _repeat(self, shard: ShardRecord, sample: Sample, run_job: RunJob,

@@ -99,7 +99,24 @@ def test_who_is_too_far_from_the_repetition_is_rejected_and_blamed(world: World)
     assert receipt.verdict == REJECTED and "it was not trained as it says: steps" in receipt.reasons[0]
     (record,) = world.coordinator._desk.state.nodes()  # type: ignore[union-attr]
     assert record.rejected == 1
+    assert commit().verdict == REJECTED, "the same lease hears the same again"
     assert not any(world.run.blobs.has(sha256_of(data)) for data in KEPT.values())
+
+
+def test_who_really_trained_the_same_bytes_is_not_refused_for_another_ones_lie(world: World) -> None:
+    """Training is deterministic: an audit blames the node and not the bytes."""
+    liar, honest = world.node("liar"), world.node("honest")
+    world.jobs.replays = [{"within": False, "distance": 0.9}]
+    for node, kept, verdict in ((liar, OTHERS, REJECTED), (honest, KEPT, ACCEPTED)):
+        assignment, commit = hand_in(world, node, 1, kept)
+        for data in kept.values():
+            if sha256_of(data) in commit().wanted:
+                show(node, assignment.lease_id, data)
+        assert decided(commit).verdict == verdict
+        if node is liar:
+            again = commit
+    assert again().verdict == REJECTED
+    assert {node.name: node.rejected for node in world.coordinator._desk.state.nodes()} == {"liar": 1, "honest": 0}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("checkpoints", [{}, {"1": "a" * 64}, {"1": "a" * 64, "2": "b"}, {"1": "a" * 64, "2": 3}, "none", None])
