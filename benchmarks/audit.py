@@ -30,7 +30,7 @@ from forge.model.lm import read_tensors
 from forge.pipeline import local_assignment, prepare_run
 from forge.train import expert as expert_phase
 from forge.train.memory import Products, candidates
-from forge.train.replay import MOMENTUM_TOLERANCE, TOLERANCE, Part, compare, replay
+from forge.train.replay import TOLERANCE, Part, compare, replay
 from forge.vocabulary import STAGES, kept_file
 
 LINE = "points on the line to a finished expert"
@@ -210,7 +210,7 @@ def main() -> int:
         [kind, what, "-".join(map(str, sorted({row["steps"] for row in found}))), str(len(found)),
          *(f"{pick(row[key] for row in found):.3g}" for key in ("distance", "momentum") for pick in (min, max))]
         for (kind, what, _), found in groups.items()])  # fmt: skip
-    text += f"\nTolerated: {TOLERANCE:g} of the weights, {MOMENTUM_TOLERANCE:g} of the momenta.\n"
+    text += f"\nTolerated: {TOLERANCE:g}. Momenta are compared where a training made both ends; else 0 stands there.\n"
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")

@@ -314,7 +314,8 @@ class State(Handovers):
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
         if shard is not None and lease.ended == "rejected":
-            return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=tuple(shard.reasons) or (ELSEWHERE,))
+            why = tuple(shard.reasons) or (ELSEWHERE,)
+            return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=why)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
             # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
             _end(session, lease, "committed" if shard.verdict != "rejected" else _blame(session, lease.id))

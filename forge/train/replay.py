@@ -26,10 +26,10 @@ from forge.train.expert import train_expert
 from forge.train.loop import Progress
 from forge.vocabulary import CHECKPOINT_FILE
 
-#: Largest distance of an honest end of a part, over the matrices, in units of what the part learned (benchmarks/audit.py).
-TOLERANCE = 0.5
-#: The same of the momenta, in units of their own length.
-MOMENTUM_TOLERANCE = 0.5
+#: Largest distance of an honest end of a part, over the matrices in units of what the part learned, and over the momenta in units
+#: of their own length. Where it was measured (benchmarks/audit.py) bfloat16 and float32 were 0.0145 from each other, and a node
+#: that left one step of nine out 0.33 from who did not.
+TOLERANCE = 0.2
 #: Smallest length that something is divided by.
 _TINY = 1e-12
 
@@ -82,7 +82,7 @@ def replay(assignment: Mapping[str, Any], part: Part, work_dir: Path, ram_bytes:
     config, partition = parse_config(assignment["config"]), int(assignment["partition"])
     weights, momenta = compare(config, partition, part, work_dir / CHECKPOINT_FILE, Path(assignment["shared_ffn"]))
     furthest, momentum = max(weights.values()), max(momenta.values(), default=0.0)
-    return {"finished": True, "within": furthest <= TOLERANCE and momentum <= MOMENTUM_TOLERANCE, "distance": furthest,
+    return {"finished": True, "within": max(furthest, momentum) <= TOLERANCE, "distance": furthest,
             "momentum": momentum, "predicted_bytes": outcome["predicted_bytes"]}  # fmt: skip
 
 
