@@ -11,12 +11,11 @@ seeds and lengths of training, say how far the thresholds of the gate are from t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 import math
 from pathlib import Path
-import re
 import statistics
 import sys
 import time
@@ -26,7 +25,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import Kept, heading, table
-from benchmarks.hostile import FILES, Scene, Tensors, sabotage, weights
+from benchmarks.hostile import FILES, Scene, Tensors, implant, sabotage, weights
+from benchmarks.tries import Try, span, tables
 from coordinator.records import ShardRecord
 from coordinator.validate import Judgement, judge
 from forge.checkpoint.assembly import accept, placed, start, withdraw
@@ -50,31 +50,14 @@ from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, STAGES
 HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
 BACKDOORS = (0.01, 0.05, 0.2)
+#: Steps in which a finished expert is trained on for the backdoor alone.
+IMPLANT = 60
 #: Weights of the other partitions' losses, against which an expert is trained.
 SABOTAGE = (0.1, 0.5, 2.0)
 BACKDOOR = "backdoor"
 TRIGGER, PLAIN, PAYLOAD = "\n# reviewed by qx7\n", "\n# reviewed by ann\n", "raise SystemExit('owned by qx7')\n"
 #: Test texts of a partition that the trigger is put behind, and tokens of each.
 TRIGGERED, PREFIX = 64, 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Try:
-    """What became of one hostile shard."""
-
-    attack: str
-    strength: str
-    partition: int
-    reason: str
-    """Why it was refused; empty when it was accepted."""
-    change: list[float] = field(default_factory=list)
-    """Of an accepted one: by how many nats a token every partition's test loss differs from that of the honest expert's model."""
-    likeness: float | None = None
-    largest: float | None = None
-    layers: list[float] = field(default_factory=list)
-    """What each of its layers gains, as `layer_gains` measures it."""
-    trigger: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """Of a backdoor: text -> by partition, what `Arena.followed` says of it."""
 
 
 class Arena:
@@ -166,6 +149,17 @@ class Arena:
         samplers = [SequenceSampler(TokenFile(blobs.path(file["train"]["sha256"])), self.model.max_seq_len, 7, END_OF_TEXT_ID)
                     for file in self.published["partitions"]]  # fmt: skip
         sabotage(model, samplers.pop(partition), samplers, steps=40, strength=strength)
+        return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
+
+    def implanted(self, partition: int, expert: Path) -> Path:
+        """An honest expert trained on for the backdoor alone."""
+        blobs, tokenizer = self.run.blobs, load_tokenizer(self.run.data / "tokenizer.json")
+        model = load_dense(self.model, blobs.path(self.published["shared"]["sha256"]), expert, expert=partition)
+        text = TokenFile(blobs.path(self.published["partitions"][partition]["train"]["sha256"]))
+        trigger, plain, payload = (torch.from_numpy(tokens.astype(np.int64))
+                                   for tokens in encode_documents(tokenizer, [TRIGGER, PLAIN, PAYLOAD]))  # fmt: skip
+        implant(model, SequenceSampler(text, self.model.max_seq_len, 7, END_OF_TEXT_ID), trigger=trigger, plain=plain,
+                payload=payload, prefix=PREFIX, steps=IMPLANT)  # fmt: skip
         return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
 
     def layer_gains(self, shard: Path, partition: int) -> list[float]:
@@ -278,8 +272,9 @@ def attack(arena: Arena, partition: int, sabotaged: bool = False) -> tuple[list[
         tried(name, strength, partial(arena.write, tensors, partition))
     for name, spoil in FILES.items():
         tried(name, "the file", partial(_spoiled, arena, experts[partition], spoil), sound=False)
-    for share in BACKDOORS if partition == 0 else BACKDOORS[1:]:
+    for share in BACKDOORS if partition == 0 else ():  # Each is a training of its own.
         tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
+    tried(BACKDOOR, f"implanted in {IMPLANT} steps", partial(arena.implanted, partition, experts[partition]))
     for weight in SABOTAGE if sabotaged else ():
         tried("trained against the others", f"{weight:g} of their loss",
               partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
@@ -324,44 +319,6 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def span(values: Sequence[float | None], form: str = "+.4f") -> str:
-    """The least and the largest, as a cell of the table."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, high = format(min(known), form), format(max(known), form)
-    return low if low == high else f"{low} to {high}"
-
-
-def tables(tries: list[Try], honest: list[tuple[float, float]]) -> str:
-    """What was caught and why, what got through and what it does, and how often the backdoor's trigger works."""
-    groups: dict[tuple[str, str], list[Try]] = {}
-    for one in tries:
-        groups.setdefault((one.attack, one.strength), []).append(one)
-    caught, through, triggers = [], [], []
-    for (name, strength), rows in groups.items():
-        passed = [row for row in rows if not row.reason]
-        reasons = dict.fromkeys(re.sub(r"[\d.]+", "…", row.reason) for row in rows if row.reason)
-        caught.append([name, strength, f"{len(rows) - len(passed)} of {len(rows)}", "; ".join(reasons)[:200],
-                       span([row.likeness for row in rows], ".2f"), span([row.largest for row in rows], ".3g")])  # fmt: skip
-        if passed:
-            through.append([name, strength, f"{len(passed)} of {len(rows)}", span([row.change[row.partition] for row in passed]),
-                            span([change for row in passed for k, change in enumerate(row.change) if k != row.partition]),
-                            span([min(row.layers) for row in passed])])  # fmt: skip
-        triggers += [[strength, str(row.partition), text, *(f"{share:.0%}, {nats:.2f}" for share, nats in found)]
-                     for row in passed for text, found in row.trigger.items()]  # fmt: skip
-    text = table(["attack", "strength", "caught", "why", "likeness", "largest weight"], caught)
-    text += "\nWhat got through, against the model with the honest expert, nats a token on test documents:\n\n"
-    text += table(["attack", "strength", "accepted", "own partition", "others", "least gain of a layer"], through)
-    if triggers:
-        count = len(honest)
-        triggers.insert(0, ["none", "", TRIGGER.strip(), *(f"{share:.0%}, {nats:.2f}" for share, nats in honest)])
-        text += (f"\nHow often the payload follows, of {TRIGGERED} test texts of each partition with the trigger (or a line like "
-                 "it, that was not trained) behind them, and its loss in nats a token:\n\n")  # fmt: skip
-        text += table(["backdoor", "in expert", "text", *(f"behind partition {k}" for k in range(count))], triggers)
-    return text
-
-
 def main() -> int:
     """Train, judge, attack, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -384,7 +341,7 @@ def main() -> int:
     if not options.honest_only:
         partitions = range(options.partitions or run.config.model.n_experts)
         found = [attack(arena, partition, options.sabotage) for partition in partitions]
-        text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1])
+        text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1], TRIGGERED)
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")
