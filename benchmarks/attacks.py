@@ -51,7 +51,7 @@ HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
 BACKDOORS = (0.01, 0.05, 0.2)
 #: Steps in which a finished expert is trained on for the backdoor alone.
-IMPLANT = 60
+IMPLANT = 40
 #: Weights of the other partitions' losses, against which an expert is trained.
 SABOTAGE = (0.1, 0.5, 2.0)
 BACKDOOR = "backdoor"
@@ -272,9 +272,10 @@ def attack(arena: Arena, partition: int, sabotaged: bool = False) -> tuple[list[
         tried(name, strength, partial(arena.write, tensors, partition))
     for name, spoil in FILES.items():
         tried(name, "the file", partial(_spoiled, arena, experts[partition], spoil), sound=False)
-    for share in BACKDOORS if partition == 0 else ():  # Each is a training of its own.
-        tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
-    tried(BACKDOOR, f"implanted in {IMPLANT} steps", partial(arena.implanted, partition, experts[partition]))
+    if partition == 0:  # Each is a training of its own.
+        for share in BACKDOORS:
+            tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
+        tried(BACKDOOR, f"implanted in {IMPLANT} steps", partial(arena.implanted, partition, experts[partition]))
     for weight in SABOTAGE if sabotaged else ():
         tried("trained against the others", f"{weight:g} of their loss",
               partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
