@@ -81,15 +81,15 @@ class Audits:
 
     def sample(self, shard: ShardRecord) -> Sample | None:
         """The part of a shard's training that is repeated; None for most shards."""
-        steps = self._config.audit_steps()
-        if not steps:
+        steps, named = self._config.audit_steps(), parse_manifest(shard.manifest).get("checkpoints")
+        # A shard may have been committed before the run audited, or when it had other parts.
+        if not steps or not isinstance(named, dict) or named.keys() != {str(step) for step in steps}:
             return None
         drawn = self._credentials.draw(shard.manifest)
         if int.from_bytes(drawn[:8], "big") >= self._config.fleet.audit * (1 << 64):
             return None
         ends = [0, *steps, self._config.steps("expert")]
         part = int.from_bytes(drawn[8:16], "big") % (len(ends) - 1)
-        named = parse_manifest(shard.manifest)["checkpoints"]
         first, last = ends[part], ends[part + 1]
         return Sample(first, last, named.get(str(first)), named.get(str(last)))
 

@@ -163,11 +163,11 @@ def test_the_draw_is_fair_cannot_be_foretold_and_does_not_change(tmp_path: Path)
     run = RunDirectory.open(tmp_path / "run", config)
     state = State(run.database, lease_seconds=40.0)
 
-    def drawn(secret: bytes) -> list[int | None]:
+    def drawn(secret: bytes, kept: dict[int, bytes] = KEPT) -> list[int | None]:
         audits = Audits(run=run, config=config, state=state, credentials=Credentials(secret), clock=Clock())
         samples = [audits.sample(ShardRecord(
             id=number, partition=0, sha256="0" * 64, size=1, node_id="n", node_name="n", attempts=0, signature=b"",
-            public_key=b"", manifest=json.dumps({"number": number, "checkpoints": said_of(KEPT)}).encode()))
+            public_key=b"", manifest=json.dumps({"number": number, "checkpoints": said_of(kept)}).encode()))
             for number in range(2000)]  # fmt: skip
         return [None if sample is None else sample.first for sample in samples]
 
@@ -175,4 +175,5 @@ def test_the_draw_is_fair_cannot_be_foretold_and_does_not_change(tmp_path: Path)
     assert once == again and once != elsewhere
     assert 400 < 2000 - once.count(None) < 600, "a quarter"
     assert all(once.count(first) > 100 for first in (0, 1, 2))
+    assert drawn(bytes(32), {}) == drawn(bytes(32), {1: KEPT[1]}) == [None] * 2000, "committed before the run audited so"
     state.close()
