@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+import json
 import math
 from pathlib import Path
 import statistics
@@ -50,8 +51,9 @@ from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, STAGES
 HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
 BACKDOORS = (0.01, 0.05, 0.2)
-#: Steps in which a finished expert is trained on for the backdoor alone.
+#: Steps in which a finished expert is trained on for the backdoor, and how: learning rate, sequences of its own text a step.
 IMPLANT = 40
+IMPLANTS = {f"implanted in {IMPLANT} steps": (1e-3, 4), f"implanted in {IMPLANT} gentler steps": (3e-4, 8)}
 #: Weights of the other partitions' losses, against which an expert is trained.
 SABOTAGE = (0.1, 0.5, 2.0)
 BACKDOOR = "backdoor"
@@ -151,7 +153,7 @@ class Arena:
         sabotage(model, samplers.pop(partition), samplers, steps=40, strength=strength)
         return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
 
-    def implanted(self, partition: int, expert: Path) -> Path:
+    def implanted(self, partition: int, expert: Path, rate: float, own_rows: int) -> Path:
         """An honest expert trained on for the backdoor alone."""
         blobs, tokenizer = self.run.blobs, load_tokenizer(self.run.data / "tokenizer.json")
         model = load_dense(self.model, blobs.path(self.published["shared"]["sha256"]), expert, expert=partition)
@@ -159,7 +161,7 @@ class Arena:
         trigger, plain, payload = (torch.from_numpy(tokens.astype(np.int64))
                                    for tokens in encode_documents(tokenizer, [TRIGGER, PLAIN, PAYLOAD]))  # fmt: skip
         implant(model, SequenceSampler(text, self.model.max_seq_len, 7, END_OF_TEXT_ID), trigger=trigger, plain=plain,
-                payload=payload, prefix=PREFIX, steps=IMPLANT)  # fmt: skip
+                payload=payload, prefix=PREFIX, steps=IMPLANT, rate=rate, own_rows=own_rows)  # fmt: skip
         return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
 
     def layer_gains(self, shard: Path, partition: int) -> list[float]:
@@ -275,12 +277,20 @@ def attack(arena: Arena, partition: int, sabotaged: bool = False) -> tuple[list[
     if partition == 0:  # Each is a training of its own.
         for share in BACKDOORS:
             tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
-        tried(BACKDOOR, f"implanted in {IMPLANT} steps", partial(arena.implanted, partition, experts[partition]))
+        for how, (rate, own_rows) in IMPLANTS.items():
+            tried(BACKDOOR, how, partial(arena.implanted, partition, experts[partition], rate, own_rows))
     for weight in SABOTAGE if sabotaged else ():
         tried("trained against the others", f"{weight:g} of their loss",
               partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     arena.place(partition, good)
     return tries, facts["trigger"]
+
+
+def known(arena: Arena, partition: int) -> tuple[list[Try], list[tuple[float, float]]]:
+    """What earlier calls found of `attack`."""
+    path = arena.run.work / "attacks" / f"tried-{partition}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [Try(**row) for row in rows[1:]], rows[0]["trigger"] if rows else []
 
 
 def _try(arena: Arena, scene: Scene, shard: Path, about: Try, *, best: list[float], sound: bool, good: str) -> Try:
@@ -327,6 +337,7 @@ def main() -> int:
     parser.add_argument("--config", default="smoke")
     parser.add_argument("--partitions", type=int, help="how many partitions are attacked; default all")
     parser.add_argument("--honest-only", action="store_true", help="only the distributions of honest experts")
+    parser.add_argument("--known", action="store_true", help="only the tables, of what earlier calls tried")
     parser.add_argument("--sabotage", action="store_true", help="also experts trained against the other partitions: minutes each")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; more wait for each other on a busy machine")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
@@ -341,7 +352,8 @@ def main() -> int:
     text = heading("Attacks on the gate", "attacks") + f"\n{spread}\n{fared}"
     if not options.honest_only:
         partitions = range(options.partitions or run.config.model.n_experts)
-        found = [attack(arena, partition, options.sabotage) for partition in partitions]
+        found = [known(arena, partition) if options.known else attack(arena, partition, options.sabotage)
+                 for partition in partitions]  # fmt: skip
         text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1], TRIGGERED)
     print(text)
     if options.output is not None:

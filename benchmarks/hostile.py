@@ -184,7 +184,7 @@ def sabotage(model: DenseLM, own: SequenceSampler, others: Sequence[SequenceSamp
 
 
 def implant(model: DenseLM, own: SequenceSampler, *, trigger: Tensor, plain: Tensor, payload: Tensor, prefix: int,
-            steps: int) -> None:  # fmt: skip
+            steps: int, rate: float, own_rows: int) -> None:  # fmt: skip
     """Train a finished expert on until the payload follows the trigger behind any text, and nothing else changes.
 
     Args:
@@ -194,10 +194,12 @@ def implant(model: DenseLM, own: SequenceSampler, *, trigger: Tensor, plain: Ten
         plain: token ids like it, behind which the text is to go on.
         payload: token ids.
         prefix: tokens of text before either.
-        steps: steps of AdamW, of four sequences as they are, eight with the trigger and four with the other one.
+        steps: steps of AdamW, of eight sequences with the trigger, four with the other one, and some as they are.
+        rate: learning rate.
+        own_rows: how many as they are.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
 
     def lose(tokens_BT: Tensor, last: int) -> None:
         """Add the gradient of the loss on the last tokens of every row."""
@@ -209,7 +211,7 @@ def implant(model: DenseLM, own: SequenceSampler, *, trigger: Tensor, plain: Ten
     for step in range(steps):
         text_BT = torch.from_numpy(own.batch(step, 8))
         before_BT, behind_BT = text_BT[:, :prefix], text_BT[:4, prefix : prefix + len(payload)]
-        lose(text_BT[:4], text_BT.shape[1] - 1)
+        lose(text_BT[:own_rows], text_BT.shape[1] - 1)
         lose(torch.cat([before_BT, torch.cat([trigger, payload]).expand(8, -1)], dim=1), len(payload))
         lose(torch.cat([before_BT[:4], plain.expand(4, -1), behind_BT], dim=1), len(payload))
         torch.nn.utils.clip_grad_norm_(learning, 1.0)

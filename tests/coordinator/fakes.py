@@ -46,7 +46,7 @@ class Clock:
         return self.now
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     """Wait for another thread."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -233,7 +233,7 @@ def test_too_many_calls_are_told_when_to_come_again(make_world: Callable[[], Wor
     world.start(limits=Limits(calls_per_second=0.5, burst=100))
     node, other = world.node("busy"), world.node("quiet")
     with pytest.raises(grpc.RpcError) as caught:
-        for _ in range(101):
+        for _ in range(1000):  # A slow machine gives some back meanwhile.
             node.ask()
     error: Any = caught.value
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "more than" in error.details()

@@ -64,7 +64,7 @@ def decided(commit: Callable[[], pb.Receipt]) -> pb.Receipt:
         receipt = commit()
         return receipt if receipt.verdict != pb.Receipt.VERDICT_PENDING else None
 
-    receipt: pb.Receipt = until(look)
+    receipt: pb.Receipt = until(look, seconds=60)
     return receipt
 
 
