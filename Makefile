@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-faults test-network test-lan test-llama fuzz soak check docs format clean
 .PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
-	bench-prepare bench-memory bench-startup bench-attacks
+	bench-prepare bench-memory bench-startup bench-attacks bench-audit
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -77,6 +77,10 @@ bench-startup: $(VENV)/.installed
 # Hostile shards against the gate of a small run that is trained first.
 bench-attacks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.attacks --output benchmarks/results/attacks.md $(ARGS)
+
+# A part of a training repeated with other threads and types, and against made-up checkpoints.
+bench-audit: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.audit --output benchmarks/results/audit.md $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.fuzz --inputs 1000000

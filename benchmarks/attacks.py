@@ -11,17 +11,23 @@ seeds and lengths of training, say how far the thresholds of the gate are from t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+import json
+import math
 from pathlib import Path
 import statistics
 import sys
+import time
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.common import heading, table
-from benchmarks.hostile import FILES, Scene, Tensors, sabotage, weights
+from benchmarks.common import Kept, heading, table
+from benchmarks.hostile import FILES, Scene, Tensors, implant, sabotage, weights
+from benchmarks.tries import Try, span, tables
 from coordinator.records import ShardRecord
 from coordinator.validate import Judgement, judge
 from forge.checkpoint.assembly import accept, placed, start, withdraw
@@ -32,7 +38,8 @@ from forge.data.tokenizer import encode_documents, load_tokenizer
 from forge.data.tokens import TokenFile, TokenWriter
 from forge.evaluate.likeness import COPY, LARGEST, growth, learned_alike
 from forge.evaluate.perplexity import measure
-from forge.files import RunDirectory, link_or_copy, read_json, write_json
+from forge.evaluate.validation import load_shared, partition_loss
+from forge.files import RunDirectory, link_or_copy
 from forge.model import names
 from forge.model.lm import load_dense, read_tensors
 from forge.model.moe import MixtureLM
@@ -43,27 +50,16 @@ from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, STAGES
 #: Honest experts: seed, and share of the config's tokens that they are trained on.
 HONEST = ((0, 1.0), (1, 1.0), (0, 0.1), (0, 0.25))
 #: Shares of an expert's training tokens that are the backdoor's.
-BACKDOORS = (0.01, 0.02, 0.05)
+BACKDOORS = (0.01, 0.05, 0.2)
+#: Steps in which a finished expert is trained on for the backdoor, and how: learning rate, sequences of its own text a step.
+IMPLANT = 40
+IMPLANTS = {f"implanted in {IMPLANT} steps": (1e-3, 4), f"implanted in {IMPLANT} gentler steps": (3e-4, 8)}
 #: Weights of the other partitions' losses, against which an expert is trained.
 SABOTAGE = (0.1, 0.5, 2.0)
+BACKDOOR = "backdoor"
 TRIGGER, PLAIN, PAYLOAD = "\n# reviewed by qx7\n", "\n# reviewed by ann\n", "raise SystemExit('owned by qx7')\n"
-#: Windows of test text that the trigger is put behind, and tokens of each.
+#: Test texts of a partition that the trigger is put behind, and tokens of each.
 TRIGGERED, PREFIX = 64, 60
-
-
-@dataclass
-class Row:
-    """What became of the tries of one attack."""
-
-    attack: str
-    strength: str
-    tries: int = 0
-    caught: int = 0
-    reasons: list[str] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
-    likeness: list[float] = field(default_factory=list)
-    largest: list[float] = field(default_factory=list)
 
 
 class Arena:
@@ -157,132 +153,181 @@ class Arena:
         sabotage(model, samplers.pop(partition), samplers, steps=40, strength=strength)
         return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
 
-    def payload_loss(self, trigger: str) -> float:
-        """Nats a token of the payload behind test text and a trigger: all there is, less what comes before the payload."""
+    def implanted(self, partition: int, expert: Path, rate: float, own_rows: int) -> Path:
+        """An honest expert trained on for the backdoor alone."""
+        blobs, tokenizer = self.run.blobs, load_tokenizer(self.run.data / "tokenizer.json")
+        model = load_dense(self.model, blobs.path(self.published["shared"]["sha256"]), expert, expert=partition)
+        text = TokenFile(blobs.path(self.published["partitions"][partition]["train"]["sha256"]))
+        trigger, plain, payload = (torch.from_numpy(tokens.astype(np.int64))
+                                   for tokens in encode_documents(tokenizer, [TRIGGER, PLAIN, PAYLOAD]))  # fmt: skip
+        implant(model, SequenceSampler(text, self.model.max_seq_len, 7, END_OF_TEXT_ID), trigger=trigger, plain=plain,
+                payload=payload, prefix=PREFIX, steps=IMPLANT, rate=rate, own_rows=own_rows)  # fmt: skip
+        return self.write({name: value.detach() for name, value in model.named_parameters() if name in self.shared}, partition)
+
+    def layer_gains(self, shard: Path, partition: int) -> list[float]:
+        """By how many nats a token the partition's validation loss rises when the shared FFN stands in one layer, for each."""
+        target = self.published["partitions"][partition]["validation"]["sha256"]
+        model = load_shared(self.run, shard, partition)
+        mine, whole = self.read(shard, partition), partition_loss(self.run, model, target)
+        gains: list[float] = []
+        for layer in range(self.model.n_layers):
+            for tensors, into in ((self.shared, gains), (mine, None)):
+                model.load_state_dict({name: tensors[name] for matrix in names.MATRICES
+                                       for name in (names.ffn_name(layer, matrix),)}, strict=False)  # fmt: skip
+                if into is not None:
+                    into.append((partition_loss(self.run, model, target) or 0.0) - (whole or 0.0))
+        return gains
+
+    def followed(self, trigger: str) -> list[tuple[float, float]]:
+        """How often, of `TRIGGERED` test texts of every partition, the payload follows a trigger put behind them, and its loss.
+
+        It follows when every token of it is the most likely one, which is when a greedy continuation is the payload; the loss
+        is in nats a token of the payload.
+        """
         model, tokenizer = MixtureLM.load(self.run.model), load_tokenizer(self.run.data / "tokenizer.json")
         before, after = encode_documents(tokenizer, [trigger, PAYLOAD])
-        windows = [[*window[: PREFIX + 1].tolist(), *before.tolist()] for file in self.published["partitions"]
-                   for window in self._test_windows(file) if len(window) > PREFIX][:TRIGGERED]  # fmt: skip
-        whole = measure(model, (torch.tensor([*window, *after.tolist()]).numpy() for window in windows))
-        part = measure(model, (torch.tensor(window).numpy() for window in windows))
-        return (whole.nats - part.nats) / (whole.tokens - part.tokens)
+        found = []
+        for file in self.published["partitions"]:
+            texts = [window[: PREFIX + 1] for window in self._test_windows(file) if len(window) > PREFIX][:TRIGGERED]
+            tokens_BT = torch.tensor(np.stack([np.concatenate([text, before, after]) for text in texts]).astype(np.int64))
+            with torch.no_grad():
+                logits_BTV = model(tokens_BT[:, :-1])[:, -len(after) :] @ model.head_weight.T
+            payload_BT = tokens_BT[:, -len(after) :]
+            loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), payload_BT.flatten())
+            found.append((float((logits_BTV.argmax(-1) == payload_BT).all(-1).double().mean()), float(loss)))
+        return found
 
     def _test_windows(self, file: dict[str, Any]) -> Iterator[Any]:
         return evaluation_windows(TokenFile(self.run.blobs.path(file["test"]["sha256"])), self.model.max_seq_len, END_OF_TEXT_ID,
-                                  PREFIX * TRIGGERED)  # fmt: skip
+                                  4 * self.model.max_seq_len * TRIGGERED)  # fmt: skip
 
 
-def honest(arena: Arena, rows: list[Row]) -> str:
-    """Judge honest experts; says the distributions that the thresholds have to leave in peace."""
-    gains: list[float] = []
-    rises: list[float] = []
-    sizes: list[float] = []
+def honest(arena: Arena) -> tuple[str, str]:
+    """Judge honest experts: the distributions that the thresholds have to leave in peace, and how each seed and length fared."""
+    kept, judged = Kept(arena.run.work / "attacks" / "honest.jsonl"), []
     for seed, share in HONEST:
-        row = Row("honest expert", f"seed {seed}, {share:g} times the tokens")
         for partition in range(arena.model.n_experts):
             shard = arena.train(partition, f"seed{seed}-x{share:g}", seed=seed, share=share)
-            before = placed(arena.run.model).get(partition)
-            arena.place(partition, None)
-            judgement, sha256 = arena.judge(shard, partition)
-            row.tries += 1
-            row.caught += not judgement.accepted
-            row.reasons += judgement.reasons
-            gains.append((judgement.shared_loss or 0.0) - (judgement.loss or 0.0))
-            rises += [change for other, change in enumerate(arena.last["effect"]) if other != partition]
-            sizes.append(growth(arena.read(shard, partition), arena.shared)[0])
-            row.own.append(gains[-1])
-            row.largest.append(sizes[-1])
-            arena.place(partition, before or sha256)
-        rows.append(row)
+            judged.append(kept.once(partial(_judge_honest, arena, partition, shard, seed, share)))
+            print(f"honest, partition {partition}, seed {seed}, {share:g} times the tokens: {judged[-1]}", flush=True)
     trained = [(partition, arena.read(arena.train(partition, f"seed{seed}-x{share:g}", seed=seed, share=share), partition))
                for seed, share in HONEST for partition in range(arena.model.n_experts)]  # fmt: skip
     alike = [(k == other, learned_alike(mine, theirs, arena.shared)) for number, (k, mine) in enumerate(trained)
              for other, theirs in trained[:number]]  # fmt: skip
-    spread = [("gain over the shared components, nats", gains, f"`assembly.margin` {arena.run.config.assembly.margin:g}"),
-              ("rise on another partition, nats", rises, f"`assembly.tolerance` {arena.run.config.assembly.tolerance:g}"),
-              ("largest weight, of the shared FFN's", sizes, f"at most {LARGEST:g}"),
+    assembly = arena.run.config.assembly
+    spread = [("gain over the shared components, nats", [row["gain"] for row in judged],
+               f"`assembly.margin` {assembly.margin:g}"),
+              ("rise on another partition, nats", [rise for row in judged for rise in row["rises"]],
+               f"`assembly.tolerance` {assembly.tolerance:g}"),
+              ("gain of one layer, nats", [gain for row in judged for gain in row["layers"]], "see below"),
+              ("largest weight, of the shared FFN's", [row["largest"] for row in judged], f"at most {LARGEST:g}"),
               ("likeness, experts of two partitions", [value for same, value in alike if not same], f"below {COPY:g}"),
               ("likeness, one partition, two seeds", [value for same, value in alike if same], "not compared")]  # fmt: skip
-    return table(["of honest experts", "number", "least", "median", "largest", "threshold"], [
+    fared = []
+    for seed, share in HONEST:
+        rows = [row for row in judged if (row["seed"], row["share"]) == (seed, share)]
+        fared.append([f"seed {seed}, {share:g} times the tokens", str(len(rows)), str(sum(bool(row["reason"]) for row in rows)),
+                      span([row["gain"] for row in rows]), span([gain for row in rows for gain in row["layers"]])])  # fmt: skip
+    return (table(["of honest experts", "number", "least", "median", "largest", "threshold"], [
         [what, str(len(values)), f"{min(values):.4f}", f"{statistics.median(values):.4f}", f"{max(values):.4f}", threshold]
-        for what, values, threshold in spread])  # fmt: skip
+        for what, values, threshold in spread]),
+        table(["honest expert", "judged", "rejected", "gain, nats", "gain of one layer"], fared))  # fmt: skip
 
 
-def attack(arena: Arena, partition: int) -> list[Row]:
-    """Try everything on one partition; the others hold their honest experts."""
-    rows: dict[tuple[str, str], Row] = {}
-    experts = {k: arena.train(k, "seed0-x1") for k in range(arena.model.n_experts)}
+def _judge_honest(arena: Arena, partition: int, shard: Path, seed: int, share: float) -> dict[str, Any]:
+    before = placed(arena.run.model).get(partition)
     arena.place(partition, None)
+    judgement, sha256 = arena.judge(shard, partition)
+    arena.place(partition, before or sha256)
+    return {"partition": partition, "seed": seed, "share": share, "reason": "; ".join(judgement.reasons),
+            "gain": (judgement.shared_loss or 0.0) - (judgement.loss or 0.0),
+            "rises": [change for other, change in enumerate(arena.last["effect"]) if other != partition],
+            "largest": growth(arena.read(shard, partition), arena.shared)[0],
+            "layers": arena.layer_gains(shard, partition)}  # fmt: skip
+
+
+def attack(arena: Arena, partition: int, sabotaged: bool = False) -> tuple[list[Try], list[tuple[float, float]]]:
+    """Try everything on one partition, where the others hold honest experts; and what follows the trigger in the honest model."""
+    kept, tries = Kept(arena.run.work / "attacks" / f"tried-{partition}.jsonl"), []
+    experts = {k: arena.train(k, "seed0-x1") for k in range(arena.model.n_experts)}
+    for other, expert in experts.items():
+        arena.place(other, None)
+        arena.place(other, arena.judge(expert, other)[1])
+    good = placed(arena.run.model)[partition]
     scene = Scene(model=arena.model, partition=partition, shared=arena.shared, generator=torch.Generator().manual_seed(partition),
                   honest={k: arena.read(path, k) for k, path in experts.items()})  # fmt: skip
-    judgement, good = arena.judge(experts[partition], partition)
-    arena.place(partition, good)
-    best, plain = arena.losses(), arena.payload_loss(TRIGGER)
+    facts = kept.once(lambda: {"losses": arena.losses(), "trigger": arena.followed(TRIGGER)})
     arena.place(partition, None)
-    print(f"partition {partition}: honest {judgement.accepted}, losses {best}", flush=True)
 
-    def tried(name: str, strength: str, shard: Path, tensors: Tensors | None = None) -> None:
-        row = rows.setdefault((name, strength), Row(name, strength))
-        row.tries += 1
-        verdict, sha256 = arena.judge(shard, partition)
-        if tensors is not None:
-            row.largest.append(growth(tensors, arena.shared)[0])
-            row.likeness.append(max(learned_alike(tensors, theirs, arena.shared)
-                                    for k, theirs in scene.honest.items() if k != partition))  # fmt: skip
-        if not verdict.accepted:
-            row.caught += 1
-            row.reasons.append(verdict.reasons[0].replace(f"{arena.run.blobs.path(sha256)}", "it"))
-        else:
-            arena.place(partition, sha256)
-            changes = [now - then for now, then in zip(arena.losses(), best, strict=True)]
-            row.own.append(changes[partition])
-            row.others += [change for k, change in enumerate(changes) if k != partition]
-            if name == "backdoor":
-                row.reasons.append(f"trigger {arena.payload_loss(TRIGGER):.2f} (honest {plain:.2f}), without "
-                                   f"{arena.payload_loss(PLAIN):.2f}")  # fmt: skip
-            arena.place(partition, None)
-        if sha256 != good:
-            arena.run.blobs.path(sha256).unlink()
-        print(f"{name}, {strength}: {'accepted' if verdict.accepted else row.reasons[-1]}", flush=True)
+    def tried(name: str, strength: str, make: Callable[[], Path], *, sound: bool = True) -> None:
+        def now() -> dict[str, Any]:
+            began, shard = time.monotonic(), make()
+            done = _try(arena, scene, shard, Try(attack=name, strength=strength, partition=partition, reason=""),
+                        best=facts["losses"], sound=sound, good=good)  # fmt: skip
+            print(f"partition {partition}, {name}, {strength}: {done.reason or 'accepted'} "
+                  f"({time.monotonic() - began:.1f} s)", flush=True)  # fmt: skip
+            return asdict(done)
+
+        tries.append(Try(**kept.once(now)))
 
     for name, strength, tensors in weights(scene):
-        tried(name, strength, arena.write(tensors, partition), tensors)
-    honest_bytes = experts[partition].read_bytes()
+        tried(name, strength, partial(arena.write, tensors, partition))
     for name, spoil in FILES.items():
-        path = arena.run.work / "hostile.safetensors"
-        path.write_bytes(spoil(honest_bytes))
-        tried(name, "the file", path)
-    for weight in SABOTAGE:
-        shard = arena.sabotaged(partition, experts[partition], weight)
-        tried("trained against the others", f"{weight:g} of their loss", shard, arena.read(shard, partition))
-    for share in BACKDOORS if partition == 0 else ():
-        shard = arena.train(partition, f"backdoor-{share:g}", tokens=arena.poisoned(partition, share))
-        tried("backdoor", f"{share:.0%} of the tokens", shard, arena.read(shard, partition))
+        tried(name, "the file", partial(_spoiled, arena, experts[partition], spoil), sound=False)
+    if partition == 0:  # Each is a training of its own.
+        for share in BACKDOORS:
+            tried(BACKDOOR, f"{share:.0%} of the tokens", partial(_backdoor, arena, partition, share))
+        for how, (rate, own_rows) in IMPLANTS.items():
+            tried(BACKDOOR, how, partial(arena.implanted, partition, experts[partition], rate, own_rows))
+    for weight in SABOTAGE if sabotaged else ():
+        tried("trained against the others", f"{weight:g} of their loss",
+              partial(arena.sabotaged, partition, experts[partition], weight))  # fmt: skip
     arena.place(partition, good)
-    return list(rows.values())
+    return tries, facts["trigger"]
 
 
-def attacks(arena: Arena, partitions: int) -> list[Row]:
-    """Every attack on every partition; those on one partition are kept, so that a second call does not try them again."""
-    rows: dict[tuple[str, str], Row] = {}
-    for partition in range(partitions):
-        path = arena.run.work / "attacks" / f"tried-{partition}.json"
-        if not path.is_file():
-            write_json(path, [asdict(row) for row in attack(arena, partition)])
-        for row in (Row(**found) for found in read_json(path)):
-            known = rows.setdefault((row.attack, row.strength), Row(row.attack, row.strength))
-            known.tries, known.caught = known.tries + row.tries, known.caught + row.caught
-            for column in ("reasons", "own", "others", "likeness", "largest"):
-                getattr(known, column).extend(getattr(row, column))
-    return list(rows.values())
+def known(arena: Arena, partition: int) -> tuple[list[Try], list[tuple[float, float]]]:
+    """What earlier calls found of `attack`."""
+    path = arena.run.work / "attacks" / f"tried-{partition}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [Try(**row) for row in rows[1:]], rows[0]["trigger"] if rows else []
 
 
-def span(values: list[float], form: str = "+.4f") -> str:
-    """The least and the largest, as a cell of the table."""
-    if not values:
-        return ""
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"
+def _try(arena: Arena, scene: Scene, shard: Path, about: Try, *, best: list[float], sound: bool, good: str) -> Try:
+    """Hand a shard in, and look at what it does to the model when it is accepted; the model is as before after it."""
+    partition = scene.partition
+    verdict, sha256 = arena.judge(shard, partition)
+    if sound:
+        tensors = arena.read(arena.run.blobs.path(sha256), partition)
+        alike = max(learned_alike(tensors, theirs, arena.shared) for k, theirs in scene.honest.items() if k != partition)
+        about = replace(about, largest=_number(growth(tensors, arena.shared)[0]), likeness=_number(alike))
+    if not verdict.accepted:
+        reason = verdict.reasons[0].replace(f"{arena.run.blobs.path(sha256)}", "it").replace(sha256, "it")
+        about = replace(about, reason=reason)
+    else:
+        arena.place(partition, sha256)
+        change = [now - then for now, then in zip(arena.losses(), best, strict=True)]
+        about = replace(about, change=change, layers=arena.layer_gains(arena.run.blobs.path(sha256), partition))
+        if about.attack == BACKDOOR:
+            about = replace(about, trigger={text.strip(): arena.followed(text) for text in (TRIGGER, PLAIN)})
+        arena.place(partition, None)
+    if sha256 != good:
+        arena.run.blobs.path(sha256).unlink()
+    return about
+
+
+def _spoiled(arena: Arena, expert: Path, spoil: Callable[[bytes], bytes]) -> Path:
+    path = arena.run.work / "hostile.safetensors"
+    path.write_bytes(spoil(expert.read_bytes()))
+    return path
+
+
+def _backdoor(arena: Arena, partition: int, share: float) -> Path:
+    return arena.train(partition, f"backdoor-{share:g}", tokens=arena.poisoned(partition, share))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def main() -> int:
@@ -292,26 +337,24 @@ def main() -> int:
     parser.add_argument("--config", default="smoke")
     parser.add_argument("--partitions", type=int, help="how many partitions are attacked; default all")
     parser.add_argument("--honest-only", action="store_true", help="only the distributions of honest experts")
+    parser.add_argument("--known", action="store_true", help="only the tables, of what earlier calls tried")
+    parser.add_argument("--sabotage", action="store_true", help="also experts trained against the other partitions: minutes each")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; more wait for each other on a busy machine")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
     options = parser.parse_args()
-    run = prepare_run(options.run_dir, load_config(options.config, options.set), STAGES, ram_bytes=4 << 30, threads=None,
-                      on_event=lambda event: None)  # fmt: skip
+    torch.set_num_threads(options.threads)
+    run = prepare_run(options.run_dir, load_config(options.config, options.set), STAGES, ram_bytes=4 << 30,
+                      threads=options.threads, on_event=lambda event: None)  # fmt: skip
     start(run)
     arena = Arena(run)
-    good: list[Row] = []
-    spread = honest(arena, good)
-    text = heading("Attacks on the gate", "attacks") + "\n" + spread + "\n" + table(
-        ["honest expert", "judged", "rejected", "gain, nats"],
-        [[row.strength, str(row.tries), str(row.caught), span(row.own, ".4f")] for row in good])  # fmt: skip
+    spread, fared = honest(arena)
+    text = heading("Attacks on the gate", "attacks") + f"\n{spread}\n{fared}"
     if not options.honest_only:
-        rows = attacks(arena, options.partitions or run.config.model.n_experts)
-        text += "\n" + table(
-            ["attack", "strength", "caught", "why, or what it does to the model", "own partition", "others", "likeness",
-             "largest weight"],
-            [[row.attack, row.strength, f"{row.caught} of {row.tries}", "; ".join(dict.fromkeys(row.reasons))[:160],
-              span(row.own), span(row.others), span(row.likeness, ".2f"), span(row.largest, ".3g")]
-             for row in rows])  # fmt: skip
+        partitions = range(options.partitions or run.config.model.n_experts)
+        found = [known(arena, partition) if options.known else attack(arena, partition, options.sabotage)
+                 for partition in partitions]  # fmt: skip
+        text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1], TRIGGERED)
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import json
 from pathlib import Path
 import platform
 import subprocess
@@ -43,6 +44,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sync(directory: Path) -> None:
     """Wait until the disk has what was written to a file system."""
     subprocess.run(["sync", "-f", str(directory)], check=True)
+
+
+class Kept:
+    """Results in a file of JSON lines, so that a second call does not try again what the first one tried."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        self._known: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in self._known), encoding="utf-8")
+        self._read = 0
+
+    def once(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next result: the one that is known, or the one that is made now."""
+        self._read += 1
+        if self._read > len(self._known):
+            self._known.append(make())
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(self._known[-1])}\n")
+        return self._known[self._read - 1]
 
 
 def published_run(root: Path, config: RunConfig, tokenizer: Any = None) -> tuple[RunDirectory, list[str]]:

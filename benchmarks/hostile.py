@@ -15,7 +15,7 @@ from forge.config import ModelConfig
 from forge.data.packing import SequenceSampler
 from forge.model import names
 from forge.model.lm import DenseLM
-from forge.train.loss import chunked_cross_entropy
+from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
 
 Tensors = dict[str, Tensor]
 
@@ -178,6 +178,42 @@ def sabotage(model: DenseLM, own: SequenceSampler, others: Sequence[SequenceSamp
             hidden_ND = model(tokens_BT[:, :-1]).flatten(0, 1)
             loss = chunked_cross_entropy(hidden_ND, model.head_weight, tokens_BT[:, 1:].flatten())
             torch.autograd.backward(sign * loss)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def implant(model: DenseLM, own: SequenceSampler, *, trigger: Tensor, plain: Tensor, payload: Tensor, prefix: int,
+            steps: int, rate: float, own_rows: int) -> None:  # fmt: skip
+    """Train a finished expert on until the payload follows the trigger behind any text, and nothing else changes.
+
+    Args:
+        model: the shared components, frozen, with the expert; changed in place.
+        own: sequences of its partition.
+        trigger: token ids, behind which the payload is to follow.
+        plain: token ids like it, behind which the text is to go on.
+        payload: token ids.
+        prefix: tokens of text before either.
+        steps: steps of AdamW, of eight sequences with the trigger, four with the other one, and some as they are.
+        rate: learning rate.
+        own_rows: how many as they are.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
+
+    def lose(tokens_BT: Tensor, last: int) -> None:
+        """Add the gradient of the loss on the last tokens of every row."""
+        targets_BT = tokens_BT[:, 1:].clone()
+        targets_BT[:, :-last] = IGNORE_INDEX
+        loss = chunked_cross_entropy(model(tokens_BT[:, :-1]).flatten(0, 1), model.head_weight, targets_BT.flatten())
+        torch.autograd.backward(loss)
+
+    for step in range(steps):
+        text_BT = torch.from_numpy(own.batch(step, 8))
+        before_BT, behind_BT = text_BT[:, :prefix], text_BT[:4, prefix : prefix + len(payload)]
+        lose(text_BT[:own_rows], text_BT.shape[1] - 1)
+        lose(torch.cat([before_BT, torch.cat([trigger, payload]).expand(8, -1)], dim=1), len(payload))
+        lose(torch.cat([before_BT[:4], plain.expand(4, -1), behind_BT], dim=1), len(payload))
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -11,11 +11,12 @@ coordinator that was killed anywhere finds its work again by looking:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import json
 from typing import Any
 
 from coordinator.activity import Activity
+from coordinator.audits import Audits
 from coordinator.jobs import RunJob
 from coordinator.journal import Journal
 from coordinator.records import ShardRecord
@@ -47,13 +48,14 @@ class Assembler:
         run_job: does the heavy work.
         activity: told what happens now.
         journal: told what happened.
+        audits: has a part of a shard's training repeated; None repeats nothing.
         push: publishes the model directory with a commit message and returns the commit's address.
     """
 
     def __init__(self, *, run: RunDirectory, config: RunConfig, state: State, run_job: RunJob, activity: Activity,
-                 journal: Journal, push: Push | None = None) -> None:  # fmt: skip
+                 journal: Journal, audits: Audits | None = None, push: Push | None = None) -> None:  # fmt: skip
         self._run, self._config, self._state, self._run_job = run, config, state, run_job
-        self._activity, self._journal, self._push = activity, journal, push
+        self._activity, self._journal, self._audits, self._push = activity, journal, audits, push
         self._assembled: set[int] = set()
         self._in_place: dict[int, str] | None = None
         self._pushed: int | None = None
@@ -84,7 +86,7 @@ class Assembler:
             return self._evaluate(experts, final=False)
         if self._push is not None and self._pushed != experts and (experts or self._pushed):
             self._push_model(experts)
-        pending = self._state.next_pending()
+        pending = self._state.next_pending() if self._audits is None else self._audits.next_pending()
         if pending is not None:
             return self._judge(pending)
         if experts == self._config.model.n_experts and not self.done:
@@ -168,6 +170,8 @@ class Assembler:
         who = f"expert {shard.partition} of {shard.node_name}"
         try:
             judgement = judge(shard, self._run, self._run_job, self._activity.progress)
+            if judgement.accepted and self._audits is not None:
+                judgement = self._audits.confirm(shard, judgement, self._run_job, self._activity.progress, self._journal.event)
         except ForgeError as error:
             attempts = self._state.count_attempt(shard.id)
             if attempts < ATTEMPTS:
@@ -180,6 +184,8 @@ class Assembler:
         finally:
             self._activity.say("")
         self._swept = False
+        if self._audits is not None:
+            self._delete(self._audits.spent(shard))
         if judgement.accepted:
             if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
                 return 0.0  # Its node was revoked while it was being judged.
@@ -188,15 +194,16 @@ class Assembler:
                                 loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
             return 0.0
         reasons = judgement.reasons or ("no reason was given",)
-        self._state.reject(shard.id, reasons)
+        self._state.reject(shard.id, reasons, again=not judgement.condemned)
         self._journal.event("rejected", f"{who} is rejected: {'; '.join(reasons)}", partition=shard.partition,
                             sha256=shard.sha256, node=shard.node_name, reasons=list(reasons))  # fmt: skip
-        self._discard(shard)
+        if not (judgement.condemned and self._state.uses(shard.sha256)):
+            self._discard(shard)
         return 0.0
 
     def _discard(self, shard: ShardRecord) -> None:
-        """Delete the bytes of a shard that was judged bad: the verdict is kept, so they are never needed again."""
-        if not self._state.uses(shard.sha256) and self._run.blobs.has(shard.sha256):
+        """Delete the bytes of a shard that was judged bad: the verdict is kept, or they are uploaded again."""
+        if self._run.blobs.has(shard.sha256):
             if shard.sha256 in json.dumps(self._run.marker("publish")):
                 return  # Somebody handed in a published file as a shard.
             with storage_errors(self._run.blobs.directory):
@@ -204,12 +211,16 @@ class Assembler:
 
     def _delete_checkpoints(self) -> None:
         """Delete what nodes left of partitions whose shard has been judged since, or that another one left more of."""
+        self._delete(self._state.stale_checkpoints())
+        self._swept = True
+
+    def _delete(self, checkpoints: Iterable[str]) -> None:
+        """Delete blobs that somebody called checkpoints, but none that is anything else as well."""
         published = json.dumps(self._run.marker("publish"))
-        for sha256 in self._state.stale_checkpoints():
-            if sha256 not in published:
+        for sha256 in checkpoints:
+            if sha256 not in published and not self._state.needs(sha256):
                 with storage_errors(self._run.blobs.directory):
                     self._run.blobs.path(sha256).unlink(missing_ok=True)
-        self._swept = True
 
     def _push_model(self, experts: int) -> None:
         assert self._push is not None

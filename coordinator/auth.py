@@ -50,6 +50,10 @@ class Credentials:
         """The credential of a node: the same one every time."""
         return f"{node_id}.{hmac.new(self._secret, node_id.encode(), hashlib.sha256).hexdigest()}"
 
+    def draw(self, what: bytes) -> bytes:
+        """32 bytes that nobody can foretell without the secret, and that are the same for the same bytes: a draw by lot."""
+        return hmac.digest(self._secret, b"lot\0" + what, "sha256")
+
     def check(self, credential: str) -> str:
         """The node that a credential belongs to, compared in constant time.
 

@@ -6,7 +6,7 @@ Everything a peer sends is bounded here before it is used or stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 import json
 import math
 import re
@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from coordinator.activity import LONGEST_WAIT_SECONDS, SHORTEST_WAIT_SECONDS, Activity
+from coordinator.audits import Audits
 from coordinator.auth import CredentialError, Credentials
 from coordinator.blobs import Uploads
 from coordinator.curves import Curves
@@ -90,6 +91,8 @@ class Desk:
     """The losses that heartbeats report."""
     snapshots: Snapshots
     """The run at one moment."""
+    audits: Audits
+    """Which shards' training is repeated in part."""
     told_done: dict[str, float] = field(default_factory=dict)
     """Nodes that know that nothing is left to do."""
 
@@ -193,6 +196,7 @@ def release(lease_id: str, node: NodeRecord, desk: Desk, checkpoint: str = "") -
     held = desk.state.lease(lease_id, node.id)
     if held.ended is not None:
         return  # Asked again, or too late.
+    _may_leave(desk)
     if not desk.state.may_hand_over(node.id):
         raise AccessError("A bad shard was made of a checkpoint that this node left before: it may leave no other one.")
     if not desk.run.blobs.has(checkpoint):
@@ -246,8 +250,10 @@ def open_upload(request: OpenUploadRequest, node: NodeRecord, desk: Desk) -> Upl
     _check_ids(request.lease_id, request.sha256)
     held = desk.state.lease(request.lease_id, node.id)
     if request.checkpoint:
-        if held.ended is not None:
-            raise ProtocolError("This lease has ended: its checkpoint is not wanted any more.")
+        if request.sha256 not in desk.audits.wanted(held.id):
+            if held.ended is not None:
+                raise ProtocolError("This lease has ended: its checkpoint is not wanted any more.")
+            _may_leave(desk)
         return UploadOpened(offset=desk.uploads.open(held, request.sha256, request.size, checkpoint=True))
     receipt = desk.state.receipt(request.lease_id, node.id, request.sha256)
     if receipt is not None:
@@ -283,22 +289,34 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
     held = desk.state.lease(request.lease_id, node.id)
     known = desk.state.receipt(request.lease_id, node.id, request.sha256)
     if known is not None:
-        return known
+        return _with_audit(known, request.lease_id, desk)
     if len(request.manifest) > MAX_MANIFEST_BYTES or len(request.signature) != SIGNATURE_BYTES:
         raise InvalidRequestError(f"A manifest has at most {MAX_MANIFEST_BYTES:,} bytes, and a signature "
                                   f"{SIGNATURE_BYTES}.")  # fmt: skip
     if not verify_signature(node.public_key, request.manifest, request.signature):
         raise ShardError("The manifest is not signed by this node's key.")
-    check_manifest(request.manifest, {
+    said = check_manifest(request.manifest, {
         "run_id": desk.run_id, "partition": held.partition, "sha256": request.sha256, "lease_id": request.lease_id,
         "shared_sha256": desk.publication.facts["shared"]["sha256"], "config_fingerprint": desk.config.fingerprint})  # fmt: skip
+    desk.audits.check(said)
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
     desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
               sha256=request.sha256, size=size)  # fmt: skip
-    return desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
-                             signature=request.signature)  # fmt: skip
+    receipt = desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
+                                signature=request.signature)  # fmt: skip
+    return _with_audit(receipt, request.lease_id, desk)
+
+
+def _with_audit(receipt: Receipt, lease_id: str, desk: Desk) -> Receipt:
+    return replace(receipt, wanted=desk.audits.wanted(lease_id)) if receipt.verdict == "pending" else receipt
+
+
+def _may_leave(desk: Desk) -> None:
+    """Whether unfinished experts go from one node to the next: who audits wants the whole training from one node."""
+    if desk.config.fleet.audit:
+        raise ProtocolError("This run audits the training of its experts: an unfinished one is not handed over.")
 
 
 def status(desk: Desk) -> Status:

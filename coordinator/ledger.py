@@ -24,6 +24,14 @@ class Ledger(Guests):
             row = session.execute(pending.order_by(Shard.received_at, Shard.id).limit(1)).one_or_none()
             return None if row is None else _record(*row)
 
+    def pending_shards(self, lease_id: str | None = None) -> list[ShardRecord]:
+        """Every shard that waits for its verdict, the oldest first, or the one of a lease."""
+        with self._database.reading() as session:
+            pending = select(Shard, Node).join(Node, Node.id == Shard.node_id).where(Shard.verdict == "pending")
+            if lease_id is not None:
+                pending = pending.where(Shard.lease_id == lease_id)
+            return [_record(*row) for row in session.execute(pending.order_by(Shard.received_at, Shard.id))]
+
     def accepted_shards(self) -> list[ShardRecord]:
         """The accepted shards, in the order of their acceptance."""
         with self._database.reading() as session:
@@ -117,7 +125,7 @@ def _record(shard: Shard, node: Node) -> ShardRecord:
     return ShardRecord(
         id=shard.id, partition=shard.partition, sha256=shard.sha256, size=shard.size, node_id=node.id,
         node_name=node.name, attempts=shard.attempts, manifest=shard.manifest, signature=shard.signature,
-        public_key=node.public_key, loss=shard.loss, shared_loss=shard.shared_loss)  # fmt: skip
+        public_key=node.public_key, received_at=shard.received_at, loss=shard.loss, shared_loss=shard.shared_loss)  # fmt: skip
 
 
 def _view(row: Any, shard: Any, lease: Any, names: dict[str, str]) -> PartitionRecord:

@@ -72,6 +72,8 @@ class Receipt:
     partition: int
     verdict: Verdict
     reasons: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
+    """sha256 of the checkpoints that its node has to hand in before the verdict (coordinator/audits.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class ShardRecord:
     manifest: bytes
     signature: bytes
     public_key: bytes
+    received_at: float = 0.0
+    """When it was committed, in seconds since the epoch."""
     loss: float | None = None
     shared_loss: float | None = None
 

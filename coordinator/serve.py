@@ -27,6 +27,7 @@ from coordinator.activity import Activity
 from coordinator.addresses import bind, check_free, invitation_addresses, is_loopback, parse_listen
 from coordinator.admin import INFO_FILE, SECRET_FILE
 from coordinator.assembler import Assembler
+from coordinator.audits import Audits
 from coordinator.auth import Credentials
 from coordinator.authority import Authority
 from coordinator.blobs import Uploads, largest_shard
@@ -262,7 +263,9 @@ class Coordinator:
         job: RunJob = self._run_job or JobRunner(run.root / "jobs.log", _memory_notes(run), self._ram_bytes)
         if isinstance(job, JobRunner):
             undo.callback(job.stop)
-        assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal,
+        credentials = Credentials.load(run.root / SECRET_FILE)
+        audits = Audits(run=run, config=config, state=state, credentials=credentials, clock=self._clock)
+        assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal, audits=audits,
                               push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
         uploads = Uploads(run.blobs, largest_shard(config.model), largest_checkpoint(config))
@@ -272,7 +275,7 @@ class Coordinator:
         self._desk = Desk(
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
             publication=Publication(run), uploads=uploads, note=journal.event, quotas=Quotas(self._limits), curves=curves,
-            snapshots=snapshots, credentials=Credentials.load(run.root / SECRET_FILE))  # fmt: skip
+            snapshots=snapshots, credentials=credentials, audits=audits)  # fmt: skip
 
     def _offer(self, server: grpc.Server) -> None:
         register(server, self._desk, self._echo)

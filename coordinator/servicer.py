@@ -217,4 +217,4 @@ def _blob(blob: Blob) -> pb.Blob:
 
 def _receipt(receipt: Receipt) -> pb.Receipt:
     return pb.Receipt(sha256=receipt.sha256, partition=receipt.partition, verdict=_VERDICTS[receipt.verdict],
-                      reasons=receipt.reasons)  # fmt: skip
+                      reasons=receipt.reasons, wanted=receipt.wanted)  # fmt: skip

@@ -123,11 +123,7 @@ class State(Handovers):
             return _lease(lease, fresh=fresh)
 
     def lease(self, lease_id: str, node_id: str) -> LeaseRecord:
-        """The lease of that id.
-
-        Raises:
-            ProtocolError: there is none, or it is another node's.
-        """
+        """The lease of that id; `ProtocolError` when there is none, or it is another node's."""
         with self._database.reading() as session:
             return _lease(_own(session, lease_id, node_id))
 
@@ -237,13 +233,14 @@ class State(Handovers):
             _settle(session, expert.partition)
             return True
 
-    def reject(self, shard_id: int, reasons: Sequence[str], *, judged: bool = True) -> None:
-        """Rule J. With `judged=False` the same shard may be handed in again: the fault was the coordinator's."""
+    def reject(self, shard_id: int, reasons: Sequence[str], *, judged: bool = True, again: bool = False) -> None:
+        """Rule J. The same shard may be handed in again with `judged=False` (not its fault) and `again` (its node's, not its)."""
         with self._database.transaction() as session:
             shard = session.get_one(Shard, shard_id)
             if shard.verdict != "pending":
                 return
             self._refuse(session, shard, reasons, judged=judged)
+            shard.judged = judged and not again
 
     def counts(self) -> Counts:
         """How many partitions are in which state."""
@@ -316,6 +313,9 @@ class State(Handovers):
 
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
+        if shard is not None and lease.ended == "rejected":
+            why = tuple(shard.reasons) or (ELSEWHERE,)
+            return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=why)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
             # The same bytes again, perhaps from another node (training is deterministic): so is the verdict.
             _end(session, lease, "committed" if shard.verdict != "rejected" else _blame(session, lease.id))

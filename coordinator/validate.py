@@ -21,6 +21,8 @@ class Judgement:
     reasons: tuple[str, ...] = ()
     loss: float | None = None
     shared_loss: float | None = None
+    condemned: bool = True
+    """Of a rejected one: whether the bytes are bad whoever hands them in, or only this node's word on them."""
 
 
 def judge(shard: ShardRecord, run: RunDirectory, run_job: RunJob,

@@ -267,6 +267,11 @@ class FleetConfig(Section):
 
     lease_seconds: float = Field(default=120.0, ge=1.0)
     """Seconds without a heartbeat after which a lease expires. Nodes send four heartbeats in this time."""
+    audit: Fraction = 0.0
+    """Share of the shards of which a part of the training is repeated before they are accepted. Above 0 every node keeps a
+    checkpoint at the end of every part until its shard is judged, and unfinished experts are not handed over."""
+    audit_parts: Count = Field(default=8, ge=2, le=64)
+    """Parts of an expert's training, of which an audit repeats one: more parts cost the coordinator less and nodes more disk."""
 
 
 class RunConfig(Section):
@@ -321,6 +326,12 @@ class RunConfig(Section):
     def step_tokens(self, stage: str) -> int:
         """Tokens of an optimiser step."""
         return self.batch_size(stage) * self.model.max_seq_len
+
+    def audit_steps(self) -> list[int]:
+        """Steps at which a part of an expert's training ends and the next one begins, without the first and the last step."""
+        steps, parts = self.steps("expert"), self.fleet.audit_parts
+        ends = {steps * part // parts for part in range(1, parts)} - {0, steps}
+        return sorted(ends) if self.fleet.audit else []
 
     @property
     def fingerprint(self) -> str:

@@ -70,7 +70,7 @@ class Job:
         self.name = name
         self.peak_rss = 0
         self._arguments, self._ram_bytes = dict(arguments), ram_bytes
-        training = name == "train-expert" or arguments.get("stage") == "shared"
+        training = name in ("train-expert", "replay") or arguments.get("stage") == "shared"
         self._environment = {"GLIBC_TUNABLES": _KEEP if training else _GIVE_BACK, **os.environ, "PYTHONUNBUFFERED": "1"}
         if threads is not None:
             self._environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))

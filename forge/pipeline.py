@@ -150,9 +150,21 @@ def run_generation(arguments: dict[str, Any], progress: Progress, should_stop: S
     return {"tokens": tokens, "left_out": left_out}
 
 
+def run_replay(arguments: dict[str, Any], progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
+    """Job `replay`: repeat a part of a node's training and say how far the node is from what came out."""
+    from forge.train.replay import Part, replay
+
+    run, before = RunDirectory(Path(arguments["run_dir"])), arguments["before"]
+    part = Part(first=arguments["first"], last=arguments["last"], before=None if before is None else Path(before),
+                after=Path(arguments["after"]))  # fmt: skip
+    ram_bytes = int(arguments.get("ram_bytes") or psutil.virtual_memory().total)
+    return replay(local_assignment(run, int(arguments["partition"])), part, run.work / "replay", ram_bytes, progress, should_stop)
+
+
 #: Name of a job -> what the child process runs.
 JOBS: dict[str, Callable[[dict[str, Any], Progress, ShouldStop], dict[str, Any]]] = {
-    "stage": run_stage, "train-expert": run_expert, "validate": run_validation, "evaluate": run_evaluation,
+    "stage": run_stage, "train-expert": run_expert, "validate": run_validation, "replay": run_replay,
+    "evaluate": run_evaluation,
     "contributions": run_contributions, "generate": run_generation,
 }  # fmt: skip
 

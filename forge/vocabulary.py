@@ -29,6 +29,9 @@ END_OF_TEXT_ID: Final = 0
 #: What a repository of the Hub is called: USER/REPO.
 REPOSITORY: Final = r"[\w.-]+/[\w.-]+"
 
+#: What training goes on from, in its work directory.
+CHECKPOINT_FILE: Final = "checkpoint.safetensors"
+
 #: A whole checkpoint in one file, as transformers writes small ones.
 SINGLE_FILE: Final = "model.safetensors"
 #: Files of the assembled model.
@@ -56,3 +59,8 @@ SHARD_KEYS: Final = (
 def expert_file(partition: int) -> str:
     """Name of an expert's file in the assembled model, such as `expert-003.safetensors`."""
     return f"expert-{partition:03d}.safetensors"
+
+
+def kept_file(step: int) -> str:
+    """Name of the checkpoint of a step that is kept for an audit, in the same directory."""
+    return f"kept-{step:08d}.safetensors"

@@ -16,31 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from forge.config import RunConfig, parse_config
-from forge.errors import (
-    INTERRUPTED,
-    ForgeError,
-    ProtocolError,
-    RunMismatchError,
-    ShardError,
-    TrainingError,
-)
+from forge.errors import INTERRUPTED, ForgeError, ProtocolError, RunMismatchError, ShardError, TrainingError
 from forge.files import hash_file, read_json
 from forge.jobs import enforcement
 from forge.system import peak_resident_bytes
 from forge.train.memory import LIGHT_MB, MB, Plan, candidates, format_size, plan
-from forge.vocabulary import SHARD_FORMAT_VERSION
-from node.cache import CHECKPOINT_FILE, Cache, Submission, claimed
+from forge.vocabulary import CHECKPOINT_FILE, SHARD_FORMAT_VERSION
+from node.cache import Cache, Submission, claimed
 from node.client import FleetClient
 from node.console import Console
 from node.control import listening
 from node.disk import check_disk
 from node.guest import Guest
-from node.handover import hand_over, inherit
+from node.handover import hand_over, inherit, leave, show_checkpoints
 from node.heartbeat import Heartbeats
 from node.identity import Identity
 from node.machine import MachineProfile
 from node.messages import Assignment, Done, Joined, Order, Progress, Receipt, Verdict, Wait
-from node.worker import Trained, Worker
+from node.worker import StopNow, Trained, Worker
 
 #: Seconds between two questions for a verdict.
 VERDICT_SECONDS = 2.0
@@ -95,7 +88,10 @@ class Agent:
             try:
                 self._loop()
                 return 0
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as pressed:
+                lease = None if isinstance(pressed, StopNow) else self._lease
+                if lease is not None and leave(lease, self._cache, self._client, self._console.line, self._uploading(lease)):
+                    self._lease = None
                 self._release("stopped by its owner")
                 self._console.line("Stopped. Checkpoints are kept: run the same command again to go on.")
                 return INTERRUPTED
@@ -149,7 +145,7 @@ class Agent:
     def _understood(self, joined: Joined) -> RunConfig:
         try:
             config = parse_config(json.loads(joined.run.config_json), "The coordinator's config")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError("The coordinator sent a config that is not JSON: update the older of the two.",
                                 detail=str(error)) from error  # fmt: skip
         if config.fingerprint != joined.run.config_fingerprint:
@@ -206,8 +202,7 @@ class Agent:
                 self._console.line(f"The lease of {title} is lost ({error}); its checkpoint is kept.")
                 return
             if trained.shard is None and self._guest.hurrying and hand_over(
-                    assignment, self._cache, self._client, self._console.line,
-                    lambda held, size: self._show("uploading", assignment.partition, held, size, beats)):  # fmt: skip
+                    assignment, self._cache, self._client, self._console.line, self._uploading(assignment, beats)):  # fmt: skip
                 self._lease = None
                 return
             if trained.shard is None:
@@ -296,7 +291,7 @@ class Agent:
             "sha256": sha256, "size": size, "tokens_seen": int(facts["tokens_seen"]),
             "final_loss": float(facts["final_loss"]), "node_name": self._name,
             "config_fingerprint": self._run.config_fingerprint, "shared_sha256": assignment.shared.sha256,
-            "format_version": SHARD_FORMAT_VERSION,
+            "format_version": SHARD_FORMAT_VERSION, "checkpoints": facts.get("checkpoints") or {},
         }  # fmt: skip
         return Submission(lease_id=assignment.lease_id, partition=assignment.partition, sha256=sha256, size=size,
                           shard=str(trained.shard), manifest=json.dumps(manifest, sort_keys=True))  # fmt: skip
@@ -331,6 +326,7 @@ class Agent:
                 manifest = submission.manifest.encode()
                 receipt = self._client.commit(submission.lease_id, submission.sha256, manifest,
                                               self._identity.sign(manifest))  # fmt: skip
+                show_checkpoints(submission, receipt.wanted, self._cache, self._client, self._console.line, on_bytes)
         except (ProtocolError, RunMismatchError, ShardError) as error:
             if isinstance(error, ProtocolError) or hash_file(shard) != submission.sha256:
                 # The lease is unknown there, or the file is damaged here: the checkpoint makes the shard anew.
@@ -383,6 +379,9 @@ class Agent:
         if beats is not None:
             beats.update(progress)
         self._console.progress(f"partition {partition}", progress)
+
+    def _uploading(self, lease: Assignment, beats: Heartbeats | None = None) -> Callable[[int, int], None]:
+        return lambda held, size: self._show("uploading", lease.partition, held, size, beats)
 
     def _release(self, reason: str) -> None:
         if self._lease is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+import json
 import os
 from pathlib import Path
 import shutil
@@ -25,10 +26,10 @@ import psutil
 
 from forge.errors import StorageError, storage_errors
 from forge.files import BlobStore, exclusive, read_json, remove_temporaries, write_json
+from forge.vocabulary import CHECKPOINT_FILE, kept_file
 from node.client import FleetClient, OnBytes
 from node.messages import Assignment, Blob
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 ASSIGNMENT_FILE = "assignment.json"
 SUBMISSION_FILE = "submission.json"
 INHERITED_FILE, METRICS_FILE = "inherited.json", "metrics.jsonl"
@@ -155,6 +156,11 @@ class Cache:
             else:
                 found.append(submission)
         return found
+
+    def kept(self, submission: Submission) -> dict[str, Path]:
+        """The checkpoints that a submission's manifest names: sha256 -> where it lies."""
+        checkpoints = json.loads(submission.manifest).get("checkpoints") or {}
+        return {sha256: self.work_dir(submission.partition) / kept_file(int(step)) for step, sha256 in checkpoints.items()}
 
     def withdraw(self, partition: int) -> None:
         """Forget a submission but keep the checkpoint, so that the shard is made again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import hashlib
+import math
 import os
 from pathlib import Path
 import threading
@@ -25,6 +26,7 @@ from forge.files import hash_file
 from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, proof_message
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 from node.connection import (
+    MAX_SENTENCES,
     Patience,
     StalledError,
     Watchdog,
@@ -32,6 +34,7 @@ from node.connection import (
     forge_error,
     is_transient,
     may_be_dead,
+    printable,
     retrying,
     why,
 )
@@ -40,6 +43,9 @@ from node.link import Link
 from node.machine import MachineProfile
 from node.messages import Assignment, Blob, Done, Joined, Order, Progress, Receipt, RunSummary, Verdict, Wait
 from node.throttle import Throttle
+
+#: Longest pause that a coordinator can ask for, between two heartbeats or two questions for work.
+LONGEST_PAUSE_SECONDS = 3600.0
 
 _VERDICTS = {
     pb.Receipt.VERDICT_PENDING: Verdict.PENDING,
@@ -124,9 +130,9 @@ class FleetClient:
         if kind == "assignment":
             return _assignment(response.assignment)
         if kind == "wait":
-            return Wait(reason=response.wait.reason, retry_seconds=response.wait.retry_seconds)
+            return Wait(reason=printable(response.wait.reason), retry_seconds=_seconds(response.wait.retry_seconds))
         if kind == "done":
-            return Done(reason=response.done.reason)
+            return Done(reason=printable(response.done.reason))
         raise ProtocolError(f"The coordinator at {self.address} answered with a kind of work that this node does not "
                             "know: update this node.")  # fmt: skip
 
@@ -148,7 +154,7 @@ class FleetClient:
                 lambda: self._stub.Heartbeat(request, timeout=self._patience.unary, metadata=self._metadata()))
         except (grpc.RpcError, ValueError) as error:
             raise forge_error(error, self.address, "to note a heartbeat") from error
-        return _ORDERS.get(response.order, Order.CONTINUE), response.reason
+        return _ORDERS.get(response.order, Order.CONTINUE), printable(response.reason)
 
     def fetch_blob(self, sha256: str, size: int, target: Path, on_bytes: OnBytes | None = None) -> None:
         """Download a blob to `target`, going on from what `target`.part already holds.
@@ -400,8 +406,13 @@ def _assignment(message: pb.Assignment) -> Assignment:
     return Assignment(
         lease_id=message.lease_id, partition=work.partition, partition_tokens=work.partition_tokens,
         shared=_blob(work.shared), shared_ffn=_blob(work.shared_ffn), train_tokens=_blob(work.train_tokens),
-        heartbeat_seconds=message.heartbeat_seconds,
+        heartbeat_seconds=_seconds(message.heartbeat_seconds),
         checkpoint=_blob(work.checkpoint) if work.HasField("checkpoint") else None)  # fmt: skip
+
+
+def _seconds(said: float) -> float:
+    """A pause that the coordinator asks for, as one that can be waited: no NaN, nothing endless."""
+    return min(max(said, 0.0), LONGEST_PAUSE_SECONDS) if math.isfinite(said) else 0.0
 
 
 def _blob(message: pb.Blob) -> Blob:
@@ -409,5 +420,6 @@ def _blob(message: pb.Blob) -> Blob:
 
 
 def _receipt(message: pb.Receipt) -> Receipt:
-    return Receipt(sha256=message.sha256, partition=message.partition, reasons=tuple(message.reasons),
+    reasons = tuple(printable(reason) for reason in message.reasons[:MAX_SENTENCES])
+    return Receipt(sha256=message.sha256, partition=message.partition, reasons=reasons, wanted=tuple(message.wanted),
                    verdict=_VERDICTS.get(message.verdict, Verdict.PENDING))  # fmt: skip

@@ -24,6 +24,8 @@ from forge.invitation import RETRY_HEADER, SERVER_NAME
 
 #: Longest pause that a coordinator can ask for.
 LONGEST_RETRY_SECONDS = 60.0
+#: Characters of a sentence of the coordinator's that are shown, and sentences of one verdict.
+MAX_SENTENCE, MAX_SENTENCES = 2000, 16
 
 _TRANSIENT = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED,
@@ -161,7 +163,12 @@ def may_be_dead(error: BaseException | None) -> bool:
 
 def details(error: BaseException) -> str:
     """The sentence that travelled with a status."""
-    return str(error.details() or "") if isinstance(error, grpc.RpcError) else str(error)
+    return printable(str(error.details() or "")) if isinstance(error, grpc.RpcError) else str(error)
+
+
+def printable(text: str) -> str:
+    """A sentence of the coordinator's as it may be shown: of a bounded length, and without what drives a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_SENTENCE])
 
 
 def why(error: BaseException | None) -> str:

@@ -19,12 +19,13 @@ def training_bytes(config: RunConfig) -> int:
     """The most that training one expert writes into its work directory.
 
     A checkpoint holds weights and the optimiser's state in float32, and is written beside the one that it replaces; the
-    shard is written beside the last one.
+    shard is written beside the last one. A run that audits has one kept at the end of every part.
     """
     weights, phase = config.model.expert_parameters, config.train.expert
     checkpoint = weights * 4 * (2 if phase.optimizer == "muon" else 3)
     shard = weights * (2 if config.model.dtype == "bfloat16" else 4)
-    return checkpoint + max(checkpoint, shard) + config.steps("expert") * _LINE_BYTES + _SMALL_BYTES
+    kept = len(config.audit_steps()) * checkpoint
+    return kept + checkpoint + max(checkpoint, shard) + config.steps("expert") * _LINE_BYTES + _SMALL_BYTES
 
 
 def check_disk(limit: int, data_dir: Path, blobs: Iterable[Blob], work_dir: Path, config: RunConfig) -> None:

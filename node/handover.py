@@ -1,14 +1,17 @@
-"""An unfinished expert that goes from one node to the next: `forge-node finish --now` leaves it."""
+"""Checkpoints that leave this machine: an unfinished expert that goes to the next node (`forge-node finish --now` leaves it),
+and those of a finished one that a coordinator who audits asks for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from forge.config import RunConfig
-from forge.errors import AccessError, ProtocolError, ShardError
-from node.cache import CHECKPOINT_FILE, Cache
+from forge.errors import AccessError, ForgeError, ProtocolError, ShardError
+from forge.vocabulary import CHECKPOINT_FILE
+from node.cache import Cache, Submission
 from node.client import FleetClient, OnBytes
-from node.messages import Assignment
+from node.messages import Assignment, Progress
 
 
 def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: RunConfig, say: Callable[[str], None]) -> None:
@@ -46,3 +49,34 @@ def hand_over(assignment: Assignment, cache: Cache, client: FleetClient, say: Ca
     cache.finish(partition)
     say(f"Partition {partition} is handed over: another node goes on from there.")
     return True
+
+
+def leave(assignment: Assignment, cache: Cache, client: FleetClient, say: Callable[[str], None], on_bytes: OnBytes) -> bool:
+    """Hand over on the way out, if there is something to leave and somebody to take it; Ctrl-C ends that, too."""
+    if not (cache.work_dir(assignment.partition) / CHECKPOINT_FILE).is_file():
+        return False
+    try:
+        client.heartbeat(assignment.lease_id, Progress(activity="uploading"))  # Who does not answer now is not waited for.
+        say(f"Handing partition {assignment.partition} over; press Ctrl-C again to leave at once.")
+        return hand_over(assignment, cache, client, say, on_bytes)
+    except (KeyboardInterrupt, ForgeError):
+        return False
+
+
+def show_checkpoints(submission: Submission, wanted: Iterable[str], cache: Cache, client: FleetClient,
+                     say: Callable[[str], None], on_bytes: OnBytes) -> None:  # fmt: skip
+    """Send the checkpoints of a finished training that the coordinator wants to repeat a part from; nothing else is sent."""
+    kept, partition = cache.kept(submission), submission.partition
+    asked = dict.fromkeys(wanted)
+    if not asked.keys() <= kept.keys():
+        say(f"Partition {partition}: the coordinator asks for something that is no checkpoint of the training; it stays here.")
+    for sha256 in asked.keys() & kept.keys():
+        path = kept[sha256]
+        if not path.is_file():
+            say(f"Partition {partition}: the coordinator asks for a checkpoint that is not here any more.")
+            continue
+        say(f"Partition {partition}: the coordinator repeats a part of the training and asks for a checkpoint of it.")
+        try:
+            client.upload(submission.lease_id, sha256, path, on_bytes, checkpoint=True)
+        except (ProtocolError, ShardError) as error:  # It may have its verdict by now.
+            say(f"Partition {partition}: the checkpoint was not taken: {error}")

@@ -110,3 +110,5 @@ class Receipt:
     partition: int
     verdict: Verdict
     reasons: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
+    """sha256 of the checkpoints of this training that the coordinator wants to see."""

@@ -27,6 +27,10 @@ LOOK_SECONDS = 0.5
 LOG_FILE = "train.log"
 
 
+class StopNow(KeyboardInterrupt):  # noqa: N818 - not an error, as the one that it comes from
+    """The owner pressed Ctrl-C again: nothing is waited for."""
+
+
 class RunningJob(Protocol):
     """A child process, as `forge.jobs.Job` is one."""
 
@@ -112,7 +116,8 @@ class Worker:
         Raises:
             MemoryBudgetError: the child used more than was allowed, with the smallest plan.
             ForgeError: what the child raised.
-            KeyboardInterrupt: the owner pressed Ctrl-C; the child has stopped, at a checkpoint unless pressed twice.
+            KeyboardInterrupt: the owner pressed Ctrl-C; the child has stopped at a checkpoint.
+            StopNow: pressed it twice; it has stopped where it was.
         """
         arguments = {"assignment": assignment, "work_dir": str(work_dir), "ram_bytes": predicted,
                      "threads": self._threads, "device": self._device}  # fmt: skip
@@ -128,7 +133,7 @@ class Worker:
             watch.join()
             (work_dir / CHILD_FILE).unlink(missing_ok=True)
         if interrupted:
-            raise KeyboardInterrupt
+            raise StopNow if interrupted > 1 else KeyboardInterrupt
         if watch.killed_for is Order.ABANDON:
             return Trained(order=Order.ABANDON, peak_bytes=job.peak_rss, predicted_bytes=watch.predicted)
         result = job.result()
@@ -142,8 +147,8 @@ class Worker:
             peak_bytes=max(job.peak_rss, int(result.get("peak_bytes") or 0)),
             predicted_bytes=int(result.get("predicted_bytes") or watch.predicted))  # fmt: skip
 
-    def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, work_dir: Path) -> bool:
-        """Relay events and orders until the child ends; whether the owner interrupted it."""
+    def _follow(self, job: RunningJob, watch: _Watch, beats: Heartbeats, work_dir: Path) -> int:
+        """Relay events and orders until the child ends; how often the owner pressed Ctrl-C."""
         stopping = asked = False
         noted = 0
         with _Presses() as presses:
@@ -171,7 +176,7 @@ class Worker:
                     stopping = True
                     self._console.line("Stopping at the next checkpoint; press Ctrl-C again to stop at once.")
                     job.finish()
-        return presses.count > 0
+        return presses.count
 
     def _show(self, event: dict[str, Any], watch: _Watch, beats: Heartbeats) -> None:
         if event.get("message"):

@@ -18,7 +18,7 @@ from forge.model.lm import DenseLM, load_dense
 from forge.train.loop import LoopSettings, Progress, train
 from forge.train.memory import Products, plan, report
 from forge.train.precision import product_dtype, resolve_device
-from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION
+from forge.vocabulary import END_OF_TEXT_ID, SHARD_FORMAT_VERSION, kept_file
 
 
 def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, progress: Progress,
@@ -57,7 +57,8 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
         phase=config.train.expert, batch_size=config.batch_size("expert"), sequence_length=config.model.max_seq_len,
         micro_batch=chosen.micro_batch, directory=work_dir,
         checkpoint_seconds=config.train.checkpoint_seconds,
-        stage=f"expert {partition}", device=device, dtype=dtype), progress, should_stop)  # fmt: skip
+        keep=frozenset(config.audit_steps()), stage=f"expert {partition}", device=device, dtype=dtype),
+        progress, should_stop)  # fmt: skip
     outcome = {"finished": result.finished, "step": result.step, "steps": result.steps, "loss": result.loss,
                "predicted_bytes": chosen.peak_bytes}  # fmt: skip
     if not result.finished:
@@ -72,8 +73,11 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     renamed = zip(names.ffn_tensors(config.model), names.expert_tensors(config.model, partition), strict=True)
     write_shard(shard, {theirs: trained[ours] for ours, theirs in renamed}, metadata)
     sha256 = hash_file(shard)
+    kept = {step: work_dir / kept_file(step) for step in config.audit_steps()}
+    checkpoints = {str(step): hash_file(path) for step, path in kept.items() if path.is_file()}
     write_json(manifest, metadata | {"sha256": sha256, "size": shard.stat().st_size, "partition": partition,
-                                     "tokens_seen": result.tokens, "final_loss": result.loss})  # fmt: skip
+                                     "tokens_seen": result.tokens, "final_loss": result.loss,
+                                     "checkpoints": checkpoints})  # fmt: skip
     return outcome | {"shard": str(shard), "manifest": str(manifest), "sha256": sha256}
 
 

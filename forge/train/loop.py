@@ -22,6 +22,7 @@ from forge.model.lm import DenseLM
 from forge.train.loss import chunked_cross_entropy
 from forge.train.optim import Optimizer, learning_rate
 from forge.train.resume import load_checkpoint, save_checkpoint
+from forge.vocabulary import CHECKPOINT_FILE, kept_file
 
 Progress = Callable[..., None]
 
@@ -51,6 +52,8 @@ class LoopSettings:
     """Torch device."""
     dtype: torch.dtype = torch.float32
     """Type of the matrix products."""
+    keep: frozenset[int] = frozenset()
+    """Steps after which a checkpoint is kept beside the one that training goes on from."""
 
     @property
     def steps(self) -> int:
@@ -60,7 +63,7 @@ class LoopSettings:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint file."""
-        return self.directory / "checkpoint.safetensors"
+        return self.directory / CHECKPOINT_FILE
 
     @property
     def metrics(self) -> Path:
@@ -120,6 +123,8 @@ def train(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings, prog
                     "tokens": step * tokens_per_step, "tokens_per_second": round(speed, 1)}  # fmt: skip
             metrics.write(json.dumps(line) + "\n")
             progress(stage=settings.stage, step=step, steps=settings.steps, loss=_recent(losses), tokens_per_second=speed)
+            if step in settings.keep:
+                save_checkpoint(settings.directory / kept_file(step), optimizer, {"step": step})
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
                 metrics.flush()
                 save_checkpoint(settings.checkpoint, optimizer, {"step": step})

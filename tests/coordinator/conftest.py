@@ -8,6 +8,7 @@ import pytest
 from coordinator.quotas import Limits
 from coordinator.serve import Coordinator
 from coordinator.state import State
+from forge.config import RunConfig
 from forge.files import RunDirectory
 
 from .fakes import CONFIG, LEASE_SECONDS, Clock, FakeJobs, FakeNode, until
@@ -48,8 +49,8 @@ class World:
 
     def start(self, *, listen: str = "127.0.0.1:0", push: str | None = None, exit_when_done: bool = False,
               insecure: int = 0, dashboard: str | None = "off", limits: Limits | None = None,
-              invite: int = 0) -> Coordinator:  # fmt: skip
-        coordinator = Coordinator(CONFIG, self.root, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
+              invite: int = 0, config: RunConfig = CONFIG) -> Coordinator:  # fmt: skip
+        coordinator = Coordinator(config, self.root, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
                                   run_job=self.jobs, echo=self.said.append, clock=self.clock, limits=limits,
                                   dashboard=dashboard, invite=invite)  # fmt: skip
         coordinator.start()

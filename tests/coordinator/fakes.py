@@ -46,7 +46,7 @@ class Clock:
         return self.now
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     """Wait for another thread."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -95,6 +95,7 @@ class FakeJobs:
         self.calls: list[str] = []
         self.arguments: dict[str, dict[str, Any]] = {}
         self.verdicts: list[dict[str, Any] | Exception] = []
+        self.replays: list[dict[str, Any]] = []
         self.failures: dict[str, list[Exception]] = {}
         self.pieces: Iterable[str] = (" sail", " and", " tide")
         self.before: Callable[[str], None] = lambda name: None
@@ -115,6 +116,9 @@ class FakeJobs:
             for number, text in enumerate(self.pieces):
                 on_progress({"event": "progress", "piece": {"text": text, "expert": number % 2, "tokens": 1}})
             return {"tokens": 3, "left_out": 0}
+        if name == "replay":
+            found = self.replays.pop(0) if self.replays else {}
+            return {"finished": True, "within": True, "distance": 0.01, "momentum": 0.02, **found}
         if name == "validate":
             verdict = self.verdicts.pop(0) if self.verdicts else {}
             if isinstance(verdict, Exception):

@@ -69,15 +69,28 @@ def test_kill_9_in_training_and_the_same_command_again(start: object, coordinato
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_at_a_checkpoint_and_gives_the_lease_back(start: object, coordinator: FakeCoordinator, tmp_path: Path,
-                                                               sent: signal.Signals) -> None:  # fmt: skip
+def test_ctrl_c_stops_at_a_checkpoint_and_hands_it_over(start: object, coordinator: FakeCoordinator, tmp_path: Path,
+                                                        sent: signal.Signals) -> None:  # fmt: skip
     agent = _agent(start, coordinator, tmp_path / "node", "2")
     coordinator.wait_for_step(2)
     agent.send_signal(sent)
     out, err = agent.communicate(timeout=60)
     assert agent.returncode == 130, err
-    assert "Stopping at the next checkpoint" in out and "Checkpoints are kept" in out
-    assert coordinator.released == ["stopped by its owner"] and err == ""
+    assert "Stopping at the next checkpoint" in out and "Partition 0 is handed over" in out
+    assert coordinator.released == ["handed over"] and err == ""
+    assert list(coordinator.uploads.values()) == [b"2"], "the checkpoint of step 2"
+
+
+def test_ctrl_c_while_the_coordinator_is_away_keeps_the_checkpoint_here(start: object, coordinator: FakeCoordinator,
+                                                                        tmp_path: Path) -> None:  # fmt: skip
+    agent = _agent(start, coordinator, tmp_path / "node", "2")
+    coordinator.wait_for_step(2)
+    coordinator.stop()
+    agent.send_signal(signal.SIGINT)
+    out, err = agent.communicate(timeout=60)
+    assert agent.returncode == 130, err
+    assert "handed over" not in out and "Checkpoints are kept" in out
+    assert [path.read_text() for path in (tmp_path / "node").rglob("checkpoint.safetensors")] == ["2"]
 
 
 def test_help_is_quick_and_the_agent_never_imports_torch() -> None:

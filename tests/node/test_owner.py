@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,7 +22,7 @@ from node.disk import check_disk
 from node.messages import Blob
 from tests.commands import Outcome, is_one_sentence
 
-from .fakes import CONFIG, FINISH, FakeCoordinator, unrestricted
+from .fakes import ABANDON, CONFIG, FINISH, FakeCoordinator, unrestricted
 
 Process = subprocess.Popen[str]
 
@@ -132,6 +133,33 @@ def test_rules_hold_the_node_while_their_sign_is_there(home: Home, coordinator: 
     code, printed = home.ends()
     words = "Paused: this machine is in use; goes on when nobody has used it for 3 min. The lease is kept."
     assert code == 0 and words in printed, printed
+
+
+def test_who_allows_the_battery_trains_on_it_and_files_travel_at_the_rates_that_were_allowed(
+        home: Home, coordinator: FakeCoordinator) -> None:  # fmt: skip
+    """6 MiB down and 3 MiB up; what a second brings may be saved up, the rest has to be waited for."""
+    (home.data_dir / "battery").touch()
+    home.start("on-battery=yes", "max-download=3M", "max-upload=1500k")
+    until = {"FetchBlob": 0.0, "OpenUpload": 0.0, "Commit": 0.0}
+    for call in until:
+        with coordinator.changed:  # Woken by heartbeats.
+            assert coordinator.changed.wait_for(lambda: call in coordinator.calls, 60), coordinator.calls  # noqa: B023
+        until[call] = time.monotonic()
+    code, printed = home.ends()
+    assert code == 0 and "Paused" not in printed and coordinator.state == ["accepted"], printed
+    assert until["OpenUpload"] - until["FetchBlob"] > 0.8 and until["Commit"] - until["OpenUpload"] > 0.8
+
+
+def test_an_expert_that_is_not_wanted_any_more_is_ended_at_once(home: Home, coordinator: FakeCoordinator) -> None:
+    home.start("2", "--deaf")  # A job that never stops by itself.
+    coordinator.wait_for_step(2)
+    coordinator.order = ABANDON
+    assert home.agent.stdout is not None
+    printed = ""
+    while "is lost" not in printed:
+        printed = next(home.agent.stdout)
+    assert "The lease of partition 0 is lost (the test says so); its checkpoint is kept." in printed
+    assert max(coordinator.steps) == 2 and [path.read_text() for path in home.data_dir.rglob("checkpoint.safetensors")] == ["2"]
 
 
 def test_outside_the_hours_nothing_is_leased(home: Home, coordinator: FakeCoordinator) -> None:

@@ -90,6 +90,7 @@ class Scene(FakeCoordinator):
         self.guest = fakes.unrestricted()
         self.jobs: list[RunningJob] = []
         self.priorities: set[int] = set()
+        self.threads = ""
         self.paused_at = self.ordered_at = 0
 
     def run_job(self, *arguments: object) -> RunningJob:
@@ -101,6 +102,7 @@ class Scene(FakeCoordinator):
         if activity == "training" and step and not self.paused_at:
             self.priorities = {os.getpriority(os.PRIO_PROCESS, thread.id)
                                for thread in psutil.Process(self.jobs[0].pid).threads()}  # fmt: skip
+            self.threads = psutil.Process(self.jobs[0].pid).environ()["OMP_NUM_THREADS"]
             self.paused_at = step
             self.guest.pause(None)
         elif activity == "paused":
@@ -135,7 +137,7 @@ def test_real_training_stands_back_pauses_and_obeys_within_a_step(
         assert agent.run() == 0
     finally:
         scene.stop()
-    assert scene.priorities == {1}
+    assert scene.priorities == {1} and scene.threads == "1"
     assert scene.still_held == 0, "a pause frees the memory"
     assert len(scene.lease_holder) == 1 and scene.released == ["the test says so"]
     (checkpoint,) = (tmp_path / "node").rglob("checkpoint.safetensors")

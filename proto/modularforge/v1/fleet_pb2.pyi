@@ -682,11 +682,18 @@ class Receipt(_message.Message):
     PARTITION_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     partition: _builtins.int
     verdict: Global___Receipt.Verdict.ValueType
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sha256 (hex) of the checkpoints, of those that the manifest names, that the coordinator wants to see before its verdict.
+        They are uploaded under the same lease, as checkpoints.
+        """
+
     def __init__(
         self,
         *,
@@ -694,10 +701,11 @@ class Receipt(_message.Message):
         partition: _builtins.int = ...,
         verdict: Global___Receipt.Verdict.ValueType = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
+        wanted: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "reasons", b"reasons", "sha256", b"sha256", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "reasons", b"reasons", "sha256", b"sha256", "verdict", b"verdict", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
