@@ -54,7 +54,7 @@ def run(command: str, cwd: Path, disk: Disk | None = None,
     """Run a command to its end."""
     with start(command, cwd, disk, None, environment) as process:
         try:
-            out, err = process.communicate(timeout=180)
+            out, err = process.communicate(timeout=600)
         finally:
             process.kill()
     return Outcome(process.returncode, out, err)
