@@ -128,9 +128,9 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     out = Output(log_format=log_format, stamp=time_of_day)
-    coordinator = Coordinator(config, run_dir, listen, push=push, private=private, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite, echo=out,
-                              watched=out.live or out.json)  # fmt: skip
+    coordinator = Coordinator(config, run_dir, listen, push=push, private=private, exit_when_done=exit_when_done,
+                              insecure=insecure, dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite,
+                              echo=out, watched=out.live or out.json)  # fmt: skip
     with (nullcontext() if track is None else tracking(track, run_dir) as tracker, _signals(coordinator.stop_soon) as received,
           coordinator, watching(out, coordinator.snapshot, ram_bytes, tracker)):  # fmt: skip
         coordinator.wait()

@@ -86,10 +86,11 @@ def _wandb(run_dir: Path) -> Callable[[], Sink]:
 
     class Service:
         def __init__(self) -> None:
+            mode: Any = os.environ.get("WANDB_MODE", "offline")
             quiet = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True,
                                    x_disable_meta=True, x_save_requirements=False)  # fmt: skip
             self._run = wandb.init(project=PROJECT, name=run_dir.resolve().name, dir=str(run_dir), settings=quiet,
-                                   mode=os.environ.get("WANDB_MODE", "offline"))  # fmt: skip
+                                   mode=mode)  # fmt: skip
             # Its own count must grow by one with every call; ours is a value of its own, that curves are drawn against.
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
