@@ -69,7 +69,7 @@ class Snapshots:
                     "parameters": config.model.total_parameters, "expert_parameters": config.model.expert_parameters},
             "phase": {"phase": now.phase, "sentence": now.sentence, "step": now.step, "steps": now.steps,
                       "loss": finite(now.loss), "tokens_per_second": finite(now.tokens_per_second),
-                      "resident_bytes": now.resident_bytes, "remaining_seconds": finite(now.remaining),
+                      "resident_bytes": now.resident_bytes, "predicted_bytes": now.predicted_bytes or None, "remaining_seconds": finite(now.remaining),
                       "stages": stages},
             "estimate": {"seconds": finite(how_long.seconds), "until": how_long.until, "because": how_long.because},
             "quality": _quality(measured),
