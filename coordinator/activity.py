@@ -98,7 +98,8 @@ class Activity:
             self._now = replace(
                 self._now, step=step, steps=steps, loss=event.get("loss"), remaining=remaining,
                 tokens_per_second=event.get("tokens_per_second"), message=event.get("message") or self._now.message,
-                resident_bytes=int(event.get("resident_bytes") or 0), predicted_bytes=planned or self._now.predicted_bytes)  # fmt: skip
+                resident_bytes=int(event.get("resident_bytes") or 0),
+                predicted_bytes=planned or self._now.predicted_bytes)  # fmt: skip
 
 
 def duration(seconds: float) -> str:

@@ -33,8 +33,8 @@ def view(snapshot: Json, ram_bytes: int | None) -> View:
     if speed:
         facts.append(f"{speed:,.0f} tokens/s")
     if phase["resident_bytes"]:
-        promises = [f"{what} {format_size(size)}" for what, size in (("predicted", phase["predicted_bytes"]), ("allowed", ram_bytes))
-                    if size]  # fmt: skip
+        known = {"predicted": phase["predicted_bytes"], "allowed": ram_bytes}
+        promises = [f"{what} {format_size(size)}" for what, size in known.items() if size]
         facts.append(f"memory {format_size(phase['resident_bytes'])}" + (f" ({', '.join(promises)})" if promises else ""))
     if experts:
         facts.append(f"{accepted} of {len(experts)} experts accepted")
