@@ -26,7 +26,7 @@ EXPERTS = {"w1.weight": "w13_weight", "w3.weight": "w13_weight", "w2.weight": "w
 
 def loaded(directory: Path) -> dict[str, list[tuple[int, ...]]]:
     """Parameter of vLLM -> shapes of the tensors that it is given."""
-    found = defaultdict(list)
+    found: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for file in sorted(set(read_json(directory / INDEX_FILE)["weight_map"].values())):
         with safe_open(directory / file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
@@ -50,7 +50,8 @@ def test_every_parameter_gets_its_parts_and_nothing_is_left_over(config: ModelCo
     assert said.architectures == ["MixtralForCausalLM"]
     heads, kv, size = said.num_attention_heads, said.num_key_value_heads, said.head_dim
     hidden, inner, experts = said.hidden_size, said.intermediate_size, said.num_local_experts
-    expected = {"model.embed_tokens.weight": [(said.vocab_size, hidden)], "model.norm.weight": [(hidden,)]}
+    expected: dict[str, list[tuple[int, ...]]] = {
+        "model.embed_tokens.weight": [(said.vocab_size, hidden)], "model.norm.weight": [(hidden,)]}  # fmt: skip
     if not said.tie_word_embeddings:  # When they are tied, lm_head.weight is the embedding and is no parameter of its own.
         expected["lm_head.weight"] = [(said.vocab_size, hidden)]
     for layer in range(said.num_hidden_layers):
