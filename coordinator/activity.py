@@ -36,6 +36,7 @@ class Snapshot:
     loss: float | None = None
     tokens_per_second: float | None = None
     resident_bytes: int = 0
+    predicted_bytes: int = 0
     remaining: float | None = None
 
     @property
@@ -75,15 +76,15 @@ class Activity:
         with self._lock:
             return self._now
 
-    def enter(self, phase: str) -> None:
-        """A new phase begins."""
+    def enter(self, phase: str, predicted_bytes: int = 0) -> None:
+        """A new phase begins; its job is predicted to need so much memory, where it has one."""
         with self._lock:
-            self._now, self._first = Snapshot(phase=phase), None
+            self._now, self._first = Snapshot(phase=phase, predicted_bytes=predicted_bytes), None
 
-    def say(self, message: str) -> None:
-        """Set the words that follow the phase; empty words clear them."""
+    def say(self, message: str, predicted_bytes: int = 0) -> None:
+        """Set the words that follow the phase, and the memory that the job that they are about needs; empty words clear both."""
         with self._lock:
-            self._now, self._first = Snapshot(phase=self._now.phase, message=message), None
+            self._now, self._first = Snapshot(phase=self._now.phase, message=message, predicted_bytes=predicted_bytes), None
 
     def progress(self, event: dict[str, Any]) -> None:
         """Take over a job's progress event."""
@@ -92,11 +93,13 @@ class Activity:
             if self._first is None or step < self._first[1] or steps != self._now.steps:
                 self._first = (self._clock(), step)
             since, done = self._clock() - self._first[0], step - self._first[1]
+            planned = (event.get("plan") or {}).get("peak_bytes")
             remaining = since / done * (steps - step) if done > 0 and steps else None
             self._now = replace(
                 self._now, step=step, steps=steps, loss=event.get("loss"), remaining=remaining,
                 tokens_per_second=event.get("tokens_per_second"), message=event.get("message") or self._now.message,
-                resident_bytes=int(event.get("resident_bytes") or 0))  # fmt: skip
+                resident_bytes=int(event.get("resident_bytes") or 0),
+                predicted_bytes=planned or self._now.predicted_bytes)  # fmt: skip
 
 
 def duration(seconds: float) -> str:

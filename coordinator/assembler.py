@@ -27,6 +27,7 @@ from forge.checkpoint.manifest import parse_manifest, tokens_seen
 from forge.config import RunConfig
 from forge.errors import ForgeError, StorageError, storage_errors
 from forge.files import RunDirectory
+from forge.train.memory import process_bytes
 
 #: How often a job that ends without a result is started again before the coordinator goes on without it.
 ATTEMPTS = 3
@@ -146,7 +147,7 @@ class Assembler:
                 or self._state.evaluated(experts, final=final))  # fmt: skip
 
     def _evaluate(self, experts: int, *, final: bool) -> float:
-        self._activity.say(f"evaluating the model with {experts} experts")
+        self._activity.say(f"evaluating the model with {experts} experts", process_bytes(self._config, "evaluate"))
         try:
             arguments = {"run_dir": str(self._run.root), "final": final}
             row = self._run_job("evaluate", arguments, self._activity.progress)
@@ -166,8 +167,8 @@ class Assembler:
         return 0.0
 
     def _judge(self, shard: ShardRecord) -> float:
-        self._activity.say(f"validating expert {shard.partition} of {shard.node_name}")
         who = f"expert {shard.partition} of {shard.node_name}"
+        self._activity.say(f"validating {who}", process_bytes(self._config, "validate"))
         try:
             judgement = judge(shard, self._run, self._run_job, self._activity.progress)
             if judgement.accepted and self._audits is not None:

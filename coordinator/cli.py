@@ -42,6 +42,7 @@ def main() -> None:
               help="Where to listen; 0.0.0.0:PORT for other machines.")  # fmt: skip
 @click.option("--push", default=None, metavar="USER/REPO",
               help="Push the model to the Hub after every accepted expert.")  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push: create the repository private.")
 @click.option("--dashboard", default=None, metavar="HOST:PORT|off", show_default=f"127.0.0.1:{DASHBOARD_PORT}",
               help="Where to serve the web page; another free port when the default one is in use.")  # fmt: skip
 @click.option("--announce/--no-announce", default=True, show_default=True,
@@ -56,7 +57,7 @@ def main() -> None:
 @click.option("--insecure", count=True, help="Do not encrypt; only for nodes on this machine, unless it is said twice.")
 @report_errors()
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
-          dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
+          private: bool, dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
           insecure: int, log_format: LogFormat, track: str | None) -> None:  # fmt: skip
     """Start, or go on with, a run; the same command goes on after any interruption."""
     from coordinator.addresses import is_loopback, parse_listen
@@ -72,7 +73,7 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
     if ram_bytes is not None:
         check_budget(resolved, ram_bytes, [stage for stage in STAGES if stage != "expert"])
     stopped_by = run(resolved, run_dir or Path("runs") / resolved.name, listen, push, exit_when_done,
-                     insecure, dashboard, ram_bytes, announce, invite, log_format, track)  # fmt: skip
+                     insecure, dashboard, ram_bytes, announce, invite, log_format, track, private)  # fmt: skip
     if stopped_by == signal.SIGINT:
         sys.exit(INTERRUPTED)
 
@@ -96,6 +97,22 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 
     answer = fetch_status(find_run(run_dir))
     click.echo(json.dumps(answer, indent=2) if as_json else describe(answer))
+
+
+@main.command()
+@click.argument("repo", metavar="USER/REPO")
+@_run_dir_option
+@click.option("--private", is_flag=True, help="Create the repository private.")
+@report_errors()
+def push(repo: str, run_dir: Path | None, private: bool) -> None:
+    """Push the run's model to the Hub as it is now; again, it sends what is missing. A coordinator may run meanwhile."""
+    from coordinator.admin import find_run
+    from coordinator.push import check_repo
+    from forge.files import RunDirectory
+    from forge.publish.publication import publish
+
+    check_repo(repo)
+    click.echo(publish(RunDirectory(find_run(run_dir)).model, repo, private=private))
 
 
 @main.command()

@@ -33,8 +33,9 @@ def view(snapshot: Json, ram_bytes: int | None) -> View:
     if speed:
         facts.append(f"{speed:,.0f} tokens/s")
     if phase["resident_bytes"]:
-        limit = "" if ram_bytes is None else f" of {format_size(ram_bytes)} allowed"
-        facts.append(f"memory {format_size(phase['resident_bytes'])}{limit}")
+        known = {"predicted": phase["predicted_bytes"], "allowed": ram_bytes}
+        promises = [f"{what} {format_size(size)}" for what, size in known.items() if size]
+        facts.append(f"memory {format_size(phase['resident_bytes'])}" + (f" ({', '.join(promises)})" if promises else ""))
     if experts:
         facts.append(f"{accepted} of {len(experts)} experts accepted")
     nodes = snapshot["nodes"]["total"]

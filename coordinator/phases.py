@@ -20,6 +20,7 @@ from coordinator.state import State
 from forge.checkpoint import assembly
 from forge.errors import ForgeError
 from forge.files import RunDirectory
+from forge.train.memory import process_bytes
 from forge.vocabulary import STAGES
 
 #: Seconds after the start, and between two times, until uploads that nobody committed are looked for: nodes that waited for
@@ -130,7 +131,7 @@ class Work:
                             accepted=counts.accepted, total=counts.total)  # fmt: skip
 
     def _run_stage(self, stage: str) -> None:
-        self._activity.enter(stage)
+        self._activity.enter(stage, process_bytes(self._run.config, stage))
         self._journal.event("stage-started", f"{SENTENCES[stage]} ...", stage=stage)
         begun = time.monotonic()
         self._try_stage(stage)

@@ -100,7 +100,8 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
 
 def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None, exit_when_done: bool = False,
           insecure: int = 0, dashboard: str | None = None, ram_bytes: int | None = None, announce: bool = True,
-          invite: int = 0, log_format: LogFormat = "text", track: str | None = None) -> int:  # fmt: skip
+          invite: int = 0, log_format: LogFormat = "text", track: str | None = None,
+          private: bool = False) -> int:  # fmt: skip
     """Coordinate a run until it is stopped by SIGINT or SIGTERM, or, with `exit_when_done`, until it is done.
 
     Args:
@@ -115,6 +116,7 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         invite: how many nodes an invitation lets in that is printed; 0 prints none.
         log_format: lines of text or of JSON.
         track: a tracker of forge/tracking.py that is told losses and perplexities, or None.
+        private: whether the repository of `push` is private, if it is made now.
         ram_bytes: memory that each of its jobs may use (a stage, a verdict, an evaluation); None is all there is.
 
     Returns:
@@ -127,9 +129,9 @@ def serve(config: RunConfig, run_dir: Path, listen: str, push: str | None = None
         ForgeError: what stopped a stage.
     """
     out = Output(log_format=log_format, stamp=time_of_day)
-    coordinator = Coordinator(config, run_dir, listen, push=push, exit_when_done=exit_when_done, insecure=insecure,
-                              dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite, echo=out,
-                              watched=out.live or out.json)  # fmt: skip
+    coordinator = Coordinator(config, run_dir, listen, push=push, private=private, exit_when_done=exit_when_done,
+                              insecure=insecure, dashboard=dashboard, ram_bytes=ram_bytes, announce=announce, invite=invite,
+                              echo=out, watched=out.live or out.json)  # fmt: skip
     with (nullcontext() if track is None else tracking(track, run_dir) as tracker, _signals(coordinator.stop_soon) as received,
           coordinator, watching(out, coordinator.snapshot, ram_bytes, tracker)):  # fmt: skip
         coordinator.wait()
@@ -143,7 +145,7 @@ class Coordinator:
         config: the run's config.
         run_dir: the run directory.
         listen: `HOST:PORT`.
-        push: `USER/REPO` or None.
+        push, private: as for `serve`.
         exit_when_done: whether `wait` returns when the run is done.
         insecure: as for `serve`.
         dashboard: `HOST:PORT`, `off`, or None for the default port or a free one.
@@ -158,12 +160,13 @@ class Coordinator:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, listen: str, *, push: str | None = None,
-                 exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
+                 private: bool = False, exit_when_done: bool = False, insecure: int = 0, dashboard: str | None = OFF,
                  run_job: RunJob | None = None, echo: Callable[[str], None] = print_line,
                  clock: Callable[[], float] = time.time, database: str | None = None,
                  limits: Limits | None = None, ram_bytes: int | None = None, announce: bool = False,
                  invite: int = 0, watched: bool = False) -> None:  # fmt: skip
-        self._config, self._run_dir, self._listen, self._push = config, run_dir.absolute(), listen, push
+        self._config, self._run_dir, self._listen = config, run_dir.absolute(), listen
+        self._push, self._private = push, private
         self._exit_when_done, self._run_job, self._echo, self._clock = exit_when_done, run_job, echo, clock
         self._database, self._insecure, self._limits = database, insecure, limits or Limits()
         self._dashboard, self._ram_bytes, self._announce, self._invite = dashboard, ram_bytes, announce, invite
@@ -266,7 +269,7 @@ class Coordinator:
         credentials = Credentials.load(run.root / SECRET_FILE)
         audits = Audits(run=run, config=config, state=state, credentials=credentials, clock=self._clock)
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal, audits=audits,
-                              push=None if self._push is None else pusher(run, state, self._push))  # fmt: skip
+                              push=None if self._push is None else pusher(run, state, self._push, self._private))  # fmt: skip
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
         uploads = Uploads(run.blobs, largest_shard(config.model), largest_checkpoint(config))
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,

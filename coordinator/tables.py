@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, LargeBinary, String, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, LargeBinary, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 #: Version of these tables. An older database is brought up to it, a newer one is refused.
@@ -17,7 +17,8 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {1: (), 2: ()}
 class Base(DeclarativeBase):
     """Base of every table."""
 
-    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}
+    # Double is what SQLAlchemy 2.1 takes for float by itself; 2.0, the newest for Python 3.10, takes another name.
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON, float: Double}
 
 
 class SchemaVersion(Base):

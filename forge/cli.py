@@ -342,22 +342,12 @@ def export(model_dir: Path, target: Path, kind: Any) -> None:
 @report_errors()
 def push(model_dir: Path, repo: str, private: bool) -> None:
     """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
-    from forge.files import RunDirectory, read_json
-    from forge.publish.card import model_card, run_facts
-    from forge.publish.hub import push_model
+    from forge.publish.publication import publish
 
     _check_model_dir(model_dir, INDEX_FILE)
     if not re.fullmatch(REPOSITORY, repo):
         raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
-    facts: dict[str, Any] = {"name": model_dir.resolve().name, "repo": repo}
-    evaluation = None
-    if (model_dir.parent / "run.yaml").is_file():
-        opened = RunDirectory(model_dir.parent)
-        facts = run_facts(opened, repo)
-        report = opened.reports / "evaluation.json"
-        evaluation = read_json(report)["rows"][-1] if report.is_file() else None
-    card = model_card(model_dir, run=facts, evaluation=evaluation)
-    click.echo(push_model(model_dir, repo, message="Push the assembled model", card=card, private=private))
+    click.echo(publish(model_dir, repo, private=private))
 
 
 @contextmanager

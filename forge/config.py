@@ -438,7 +438,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    more = f" ({error.error_count() - 1} more like it)" if error.error_count() > 1 else ""
+    more = f" {error.error_count() - 1} more like it." if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, list(config_keys()), n=1, cutoff=0.0)
         return f"{where}: unknown key {key!r}; did you mean {near[0]!r}?{more}"

@@ -9,8 +9,10 @@ from pathlib import Path
 import re
 import shutil
 
+from huggingface_hub import ModelCard
 import pytest
 
+from forge.publish.card import PLOTS
 from forge.vocabulary import MANIFEST_FILE
 from tests.commands import is_one_sentence, run, tree, worked
 from tests.conftest import Road
@@ -85,11 +87,20 @@ def test_push(road: Road) -> None:
                     "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
         assert "me/tiny" in worked(run("forge push run/model me/tiny", road.desk, environment=settings)).out
         pushed = hub.repos["me/tiny"].head.tree
+        assert hub.repos["me/tiny"].tags == {"experts-2-final": hub.repos["me/tiny"].head.oid}
+        # The coordinator's command finds nothing to send, and makes a repository of its own, private.
+        again = worked(run("forge-coordinator push me/tiny --run-dir run", road.desk, environment=settings)).out
+        assert again.strip().endswith(hub.repos["me/tiny"].head.oid) and len(hub.repos["me/tiny"].commits) == 2
+        worked(run("forge-coordinator push me/own --run-dir run --private", road.desk, environment=settings))
+        assert hub.repos["me/own"].private and hub.repos["me/own"].head.tree == pushed
         hub.tokens = set()
         is_one_sentence(run("forge push run/model me/tiny", road.desk, environment=settings), "hub", "token")
     for path in (road.desk / "run" / "model").iterdir():
         assert pushed[path.name][0] == path.read_bytes()
-    assert b"tiny" in pushed["README.md"][0]
+    card = pushed["README.md"][0].decode()
+    assert "tiny" in card and ModelCard(card).data.eval_results
+    for name in PLOTS:
+        assert f"]({name})" in card and pushed[name][0] == (road.desk / "run" / "reports" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("command", "code", "words"), [
@@ -103,6 +114,7 @@ def test_push(road: Road) -> None:
     ("forge chat text.txt", "storage", ["text.txt is not a model directory"]),
     ("forge push text.txt me/tiny", "storage", ["text.txt is not a model directory"]),
     ("forge push run/model tiny", "config", ["'tiny' must look like USER/REPO"]),
+    ("forge-coordinator push tiny", "config", ["'tiny' must look like USER/REPO"]),
     ("forge verify nowhere", "storage", ["nowhere is not there"]),
     ("forge verify run/data", "storage", ["run/data has no provenance.json", "forge assemble"]),
     ("forge assemble run/model", "storage", ["run/model is not a run directory"]),

@@ -168,6 +168,7 @@ def test_the_notebook_is_stored_without_output_and_its_commands_exist(notebook: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_notebook_trains_a_model_and_lets_it_write(notebook: Any, tmp_path: Path) -> None:
     """Its cells in a real kernel; all but `install`: what it installs is installed here, and PyPI is not asked again."""
     write_inputs(tmp_path)
@@ -175,7 +176,7 @@ def test_the_notebook_trains_a_model_and_lets_it_write(notebook: Any, tmp_path: 
     (at,) = [at for at, cell in enumerate(notebook.cells) if _tagged(cell, "parameters")]
     notebook.cells[at].source += "\nos.environ.update(CONFIG='tiny.yaml', OVERRIDES='seed=1', PROMPT='The sail')"
     path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
                             ).execute(env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})  # fmt: skip
     said = {cell.source: "".join(output.get("text", "") for output in cell.outputs)
             for cell in notebook.cells if cell.cell_type == "code"}  # fmt: skip

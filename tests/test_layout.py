@@ -68,6 +68,13 @@ def test_the_tour_of_the_code_names_every_module() -> None:
     assert held == {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
 
 
+def test_llama_cpp_is_run_again_when_the_export_has_changed() -> None:
+    (export,) = re.findall(r"^EXPORT := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    recorded = (ROOT / "tests" / "publish" / "llama.sha256").read_text(encoding="utf-8")
+    assert [line.split()[1] for line in recorded.splitlines()] == export.split() and "forge/publish/gguf.py" in export
+    assert "if ! sha256sum --check --quiet tests/publish/llama.sha256 ||" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("package", "gateway"), [("coordinator", "servicer.py"), ("node", "client.py")])
 def test_one_file_touches_the_messages_of_the_wire(package: str, gateway: str) -> None:
     touching = {path.name for path in (ROOT / package).rglob("*.py")

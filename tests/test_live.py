@@ -134,6 +134,10 @@ def test_the_view_of_a_coordinator_is_its_snapshot(tmp_path: Path) -> None:
         seen, out = view(coordinator.snapshot(), 2 << 30), io.StringIO()
         assert seen.title == "tiny: taking experts" and seen.waits_for == "waiting for a node that trains"
         assert "0 of 3 experts accepted" in seen.facts and "so the time cannot be told" in seen.left
+        busy = coordinator.snapshot()
+        busy["phase"] |= {"resident_bytes": 300 << 20, "predicted_bytes": 310 << 20}
+        assert "memory 300M (predicted 310M, allowed 2.0G)" in view(busy, 2 << 30).facts
+        assert "memory 300M (predicted 310M)" in view(busy, None).facts
         with watching(Output(out, log_format="json"), coordinator.snapshot, None):
             until(out.getvalue)
         state = json.loads(out.getvalue().splitlines()[0])

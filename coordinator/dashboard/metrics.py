@@ -98,6 +98,8 @@ SERIES = (
            _one("phase", "tokens_per_second")),
     Series("modularforge_job_resident_bytes", "bytes", "", "Resident memory of the coordinator's working child process.",
            _one("phase", "resident_bytes")),
+    Series("modularforge_job_predicted_bytes", "bytes", "", "Memory that was predicted for that process.",
+           _one("phase", "predicted_bytes")),
     Series("modularforge_remaining_seconds", "seconds", "", "Estimate of the time left; absent while it cannot be told.",
            _one("estimate", "seconds")),
     Series("modularforge_experts", "experts", "state", "Experts in each state of the grid.", _states),

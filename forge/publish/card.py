@@ -24,10 +24,14 @@ from forge.vocabulary import INDEX_FILE, MANIFEST_FILE
 _HUB_DATASETS: Final = {"wikitext-103": "Salesforce/wikitext"}
 #: Longest name of a node that is shown.
 _NAME_LENGTH: Final = 40
+#: Plots of a run that a card shows: file in `reports/` -> what it shows.
+PLOTS: Final = {"perplexity.png": "Held-out perplexity against accepted experts", "loss.png": "Training losses",
+                "router.png": "Weight of every expert on every partition"}  # fmt: skip
 _ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2}
 
 
-def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[str, Any] | None,
+               plots: Iterable[str] = ()) -> str:  # fmt: skip
     """README.md of a model, with metadata that the Hub accepts.
 
     Args:
@@ -35,6 +39,7 @@ def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[s
         run: facts of the run: `name`; and, as far as known, `config` (the resolved config as a tree), `maturity`
             (training tokens per non-embedding parameter) and `repo` (`USER/REPO`, for the lines that load it).
         evaluation: a row of `reports/evaluation.json`; None leaves out what it would tell.
+        plots: names of pictures in the repository, of `PLOTS`.
 
     Raises:
         StorageError: the directory lacks a file of the model, or one is damaged.
@@ -50,7 +55,9 @@ def model_card(model_dir: Path, *, run: Mapping[str, Any], evaluation: Mapping[s
         _loading(str(run.get("repo") or "path/to/this/directory")),
         _training(run, manifest),
         *([_perplexities(evaluation)] if evaluation else []),
+        *([f"![{PLOTS[name]}]({name})" for name in plots]),
         _contributors(credited(model_dir), (evaluation or {}).get("contributions")),
+        _limits(config),
         _configuration(config, parameters),
     ]
     front = yaml.safe_dump(_front_matter(name, run, evaluation), sort_keys=False, allow_unicode=True)
@@ -116,7 +123,27 @@ tokenizer = AutoTokenizer.from_pretrained("{where}")
 model = AutoModelForCausalLM.from_pretrained("{where}")
 inputs = tokenizer("The history of", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+
+llama.cpp, by way of `pip install 'modularforge[gguf]'`, and vLLM:
+
+```sh
+hf download {where} --local-dir model
+forge export model --gguf model.gguf --type f16
+llama-cli -m model.gguf -p "The history of" -n 64 --no-conversation
+
+vllm serve {where} --dtype float32
 ```"""
+
+
+def _limits(config: Mapping[str, Any]) -> str:
+    return f"""## Limits
+
+- It continues text; it was not taught to answer, to follow instructions, or to refuse.
+- It was trained from scratch on the corpus above and on nothing else: it knows little beside it, repeats what is wrong in it, and
+  states what is false as fluently as what is true.
+- It sees {config["max_position_embeddings"]:,} tokens at a time.
+- Its weights are {config["dtype"]}, in which the figures above were measured; other types, 8-bit files among them, were not."""
 
 
 def _training(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:

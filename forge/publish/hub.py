@@ -7,7 +7,7 @@ so a commit whose reply was lost is found instead of repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 import hashlib
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 import shutil
 import tempfile
 import time
+from types import MappingProxyType
 from typing import Any, Final
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -49,6 +50,8 @@ def push_model(
     *,
     message: str,
     card: str | None = None,
+    plots: Mapping[str, bytes] = MappingProxyType({}),
+    tag: str | None = None,
     private: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
@@ -61,6 +64,8 @@ def push_model(
         repo: `USER/REPO`; made when it does not exist.
         message: first line of the commit.
         card: content of README.md; None leaves the repo's as it is (or pushes the directory's, if it has one).
+        plots: pictures that the card shows, by name.
+        tag: what the commit is called; one that names another commit is moved. None leaves tags alone.
         private: whether a repo that is made now is private.
         endpoint: address of the Hub; None is the public one (or `HF_ENDPOINT`).
         token: None uses the token that this machine is logged in with.
@@ -77,12 +82,15 @@ def push_model(
         raise StorageError(f"{model_dir} holds no assembled model: it has no {INDEX_FILE}.")
     api = HfApi(endpoint=endpoint, token=token)
     with _pinned(model_dir) as files:
-        content: dict[str, Path | bytes] = {**files}
+        content: dict[str, Path | bytes] = {**files, **plots}
         if card is not None:
             content[CARD_FILE] = card.encode()
         for attempt in range(ATTEMPTS):
             try:
-                return _push_once(api, repo, content, message, private)
+                oid = _push_once(api, repo, content, message, private)
+                if tag is not None:
+                    _name(api, repo, oid, tag, message)
+                return f"{api.endpoint}/{repo}/commit/{oid}"
             except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
                 cause = _root(error)
                 if attempt == ATTEMPTS - 1 or not _may_pass(cause):
@@ -93,17 +101,27 @@ def push_model(
 
 
 def _push_once(api: HfApi, repo: str, content: dict[str, Path | bytes], message: str, private: bool) -> str:
+    """The commit (its hash) that holds the content."""
     api.create_repo(repo, private=private or None, exist_ok=True)
     head = str(api.repo_info(repo).sha)
     held = {entry.path: entry for entry in api.list_repo_tree(repo, revision=head, recursive=True)}
     changed = [name for name in sorted(content, key=_order) if not _same(content[name], held.get(name))]
     if not changed:
-        return f"{api.endpoint}/{repo}/commit/{head}"
+        return head
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content[name]) for name in changed]
     weights = [operation for operation in operations if operation.path_in_repo.endswith(".safetensors")]
     if weights:
         api.preupload_lfs_files(repo, additions=weights, free_memory=False)
-    return str(api.create_commit(repo, operations, commit_message=message, parent_commit=head).commit_url)
+    return str(api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid)
+
+
+def _name(api: HfApi, repo: str, oid: str, tag: str, message: str) -> None:
+    """Have the tag name the commit; a run may evaluate as many experts a second time, when some were taken out."""
+    named = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
+    if tag in named and named[tag] != oid:
+        api.delete_tag(repo, tag=tag)
+    if named.get(tag) != oid:
+        api.create_tag(repo, tag=tag, revision=oid, tag_message=message)
 
 
 def _order(name: str) -> tuple[int, str]:

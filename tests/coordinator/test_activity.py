@@ -33,3 +33,16 @@ def test_a_new_phase_forgets_the_old_progress() -> None:
     activity.enter("experts")
     activity.say("validating expert 3")
     assert activity.snapshot().sentence == "taking experts: validating expert 3"
+
+
+def test_the_memory_of_a_job_stands_beside_what_was_predicted_for_it() -> None:
+    activity = Activity(Clock())
+    activity.enter("shared", 900)
+    assert (activity.snapshot().resident_bytes, activity.snapshot().predicted_bytes) == (0, 900)
+    activity.progress({"plan": {"peak_bytes": 700, "smaller": True}})
+    activity.progress(event(60))
+    assert (activity.snapshot().resident_bytes, activity.snapshot().predicted_bytes) == (5, 700)
+    activity.say("validating expert 3", 300)
+    assert activity.snapshot().predicted_bytes == 300
+    activity.say("")
+    assert activity.snapshot().predicted_bytes == 0

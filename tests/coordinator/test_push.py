@@ -62,6 +62,8 @@ def assert_whole(hub: FakeHub, experts_by_commit: list[int]) -> None:
     """Every commit has the files that its index names, with the bytes that its manifest names, and a card."""
     commits = hub.repos[REPO].commits[1:]
     assert [commit.message for commit in commits] == [f"{experts} of 3 experts" for experts in experts_by_commit]
+    tags = {f"experts-{experts}": commit.oid for commit, experts in zip(commits, experts_by_commit, strict=True)}
+    assert hub.repos[REPO].tags.items() >= tags.items()
     for commit, experts in zip(commits, experts_by_commit, strict=True):
         index = json.loads(commit.tree[INDEX_FILE][0])
         assert set(index["weight_map"].values()) <= set(commit.tree)
@@ -134,6 +136,7 @@ def test_a_card_never_shows_the_figures_of_another_model(tmp_path: Path, hub: Fa
     bench.state.close()
     huggingface_hub.close_session()
     enable_progress_bars()
+    assert list(hub.repos[REPO].tags.values()) == [hub.repos[REPO].commits[1].oid]
     cards = [commit.tree["README.md"][0] for commit in hub.repos[REPO].commits[1:]]
     assert [b"model-index" in card for card in cards] == [True, False]
 

@@ -1,6 +1,6 @@
 """A local Hugging Face Hub over real HTTP: as much of it as an unmodified huggingface_hub client needs to push a model.
 
-Create, info, tree, preupload, LFS batch with PUT and verify, commits (ndjson, parentCommit checked), resolve. Every
+Create, info, tree, preupload, LFS batch with PUT and verify, commits (ndjson, parentCommit checked), tags, resolve. Every
 commit keeps its tree, so that a test can materialise the repo as it was at any of them. Faults are queued and happen
 once each. It does not speak Xet: run clients with HF_HUB_DISABLE_XET=1.
 """
@@ -42,6 +42,8 @@ class Commit:
 class Repo:
     private: bool
     commits: list[Commit] = field(default_factory=list)
+    #: Name of a tag -> hash of the commit.
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> Commit:
@@ -57,7 +59,7 @@ class Repo:
     def at(self, revision: str) -> Commit | None:
         if revision == "main":
             return self.head
-        return next((commit for commit in self.commits if commit.oid == revision), None)
+        return next((commit for commit in self.commits if commit.oid == self.tags.get(revision, revision)), None)
 
 
 @dataclass
@@ -136,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_POST = do_PUT = do_HEAD = do_GET
+    do_POST = do_PUT = do_HEAD = do_DELETE = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -210,6 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, method in (
             (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
+            (r"/api/models/([^/]+/[^/]+)/refs", self._refs),
+            (r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", self._tag),
             (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", self._tree),
             (r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", self._info),
             (r"/api/models/([^/]+/[^/]+)", self._info),
@@ -252,6 +256,23 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._at(repo, parts[0] if parts else "main")
         siblings = [{"rfilename": path} for path in commit.tree]
         return {"id": name, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
+
+    def _refs(self, name: str, repo: Repo, parts: tuple[str, ...], body: bytes) -> Any:
+        tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid} for tag, oid in repo.tags.items()]
+        return {"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": repo.head.oid}], "converts": [],
+                "tags": tags}  # fmt: skip
+
+    def _tag(self, name: str, repo: Repo, parts: tuple[str, ...], body: bytes) -> Any:
+        """POST names a revision, DELETE takes a tag away."""
+        if self.command == "DELETE":
+            if repo.tags.pop(parts[0], None) is None:
+                raise _Refused(404, "Tag not found", "RevisionNotFound")
+            return {}
+        tag = json.loads(body)["tag"]
+        if tag in repo.tags:
+            raise _Refused(409, "Tag reference exists already")
+        repo.tags[tag] = self._at(repo, parts[0]).oid
+        return {}
 
     def _tree(self, name: str, repo: Repo, parts: tuple[str, ...], body: bytes) -> Any:
         return [self._entry(path, *item) for path, item in sorted(self._at(repo, parts[0]).tree.items())]

@@ -34,7 +34,7 @@ def facts(run: RunDirectory, **changed: Any) -> dict[str, Any]:
 
 def test_says_what_is_known_in_a_form_that_the_hub_reads(run: RunDirectory) -> None:
     accept(run, 1, make_shard(run, 1), {"node_name": "laptop"})
-    text = model_card(run.model, run=facts(run), evaluation=EVALUATION)
+    text = model_card(run.model, run=facts(run), evaluation=EVALUATION, plots=["loss.png"])
     data = ModelCard(text).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
     assert data.datasets == ["Salesforce/wikitext"]
@@ -42,6 +42,7 @@ def test_says_what_is_known_in_a_form_that_the_hub_reads(run: RunDirectory) -> N
         ("perplexity", 21.5), ("perplexity", 20.25)]  # fmt: skip
     for line in ("| 0 | 20.00 | 1.400 |", "| 2 |  |  |", "| mean over partitions | 21.50 |  |", "| laptop | 1 |",
                  "| shared components alone (mean) | 30.12 |  |", "**1 of 3 experts have arrived.**",
+                 "![Training losses](loss.png)", "vllm serve ada/tiny --dtype float32", "hf download ada/tiny", "## Limits",
                  'from_pretrained("ada/tiny")', "12.2 training tokens", run.run_id):  # fmt: skip
         assert line in text
 

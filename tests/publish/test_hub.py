@@ -127,6 +127,24 @@ def test_a_parent_that_moved_is_read_again(hub: FakeHub, run: RunDirectory, tmp_
     assert_every_commit_loads(hub, tmp_path)
 
 
+def test_a_tag_names_the_newest_commit_that_was_called_so(hub: FakeHub, run: RunDirectory) -> None:
+    def tagged(tag: str) -> str:
+        return push_model(run.model, REPO, message="Push", tag=tag, endpoint=hub.endpoint, token="hf_good",
+                          sleep=lambda _: None).rpartition("/")[2]  # fmt: skip
+
+    hub.faults.append(Fault("POST .*/tag/", 503))  # The commit is there by then, and is not made twice.
+    without = tagged("experts-0")
+    accept(run, 0, make_shard(run, 0), {})
+    first = tagged("experts-1")
+    assert hub.repos[REPO].tags == {"experts-0": without, "experts-1": first} and hub.faults == []
+    assert tagged("experts-1") == first
+    accept(run, 1, make_shard(run, 1), {})
+    assert hub.repos[REPO].tags == {"experts-0": without, "experts-1": (moved := tagged("experts-1"))} and moved != first
+    assert len(hub.repos[REPO].commits) == 4
+    (held,) = [commit for commit in hub.repos[REPO].commits if commit.oid == without]
+    assert huggingface_hub.HfApi(hub.endpoint, token="hf_good").repo_info(REPO, revision="experts-0").sha == held.oid
+
+
 SENTENCES = {
     403: "may not write there", 404: "does not know the repo", 409: "another change of the repo is in progress",
     418: r"refused the request \(HTTP 418\)", 429: "allows no more requests", 500: r"a fault of its own \(HTTP 500\)",
