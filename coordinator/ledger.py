@@ -101,16 +101,23 @@ class Ledger(Guests):
     def nodes(self, newest: int | None = None) -> list[NodeRecord]:
         """Every node with how many of its shards were accepted and rejected, or those heard of last."""
         with self._database.reading() as session:
-            good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted").group_by(Shard.node_id)
-            bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
-            accepted = {node_id: shards for node_id, shards in session.execute(good)}
-            rejected = {node_id: shards for node_id, shards in session.execute(bad)}
-            came = {row.node_id: row.invitation for row in session.scalars(select(Admission))}
-            revoked = set(session.scalars(select(Revocation.node_id)))
             order = (Node.joined_at,) if newest is None else (Node.seen_at.desc(),)
+            listed = session.scalars(select(Node).order_by(*order, Node.id).limit(newest)).all()
+            ids = None if newest is None else [node.id for node in listed]  # The others are not even looked at.
+            good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted", *_of(Shard.node_id, ids))
+            bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected", *_of(Lease.node_id, ids))
+            accepted = {node_id: shards for node_id, shards in session.execute(good.group_by(Shard.node_id))}
+            rejected = {node_id: shards for node_id, shards in session.execute(bad.group_by(Lease.node_id))}
+            admissions = select(Admission.node_id, Admission.invitation).where(*_of(Admission.node_id, ids))
+            came = {node_id: invitation for node_id, invitation in session.execute(admissions)}
+            revoked = set(session.scalars(select(Revocation.node_id).where(*_of(Revocation.node_id, ids))))
             return [node_record(node, accepted=accepted.get(node.id, 0), rejected=rejected.get(node.id, 0),
-                                invitation=came.get(node.id, ""), revoked=node.id in revoked)
-                    for node in session.scalars(select(Node).order_by(*order, Node.id).limit(newest))]  # fmt: skip
+                                invitation=came.get(node.id, ""), revoked=node.id in revoked) for node in listed]  # fmt: skip
+
+
+def _of(column: Any, node_ids: list[str] | None) -> list[Any]:
+    """The condition that a column names one of these nodes; none for all of them."""
+    return [] if node_ids is None else [column.in_(node_ids)]
 
 
 def _record(shard: Shard, node: Node) -> ShardRecord:
