@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from safetensors.numpy import load, save
 
-from coordinator import blobs
+from coordinator import blobs, phases
 from coordinator.serve import OFF, Coordinator
 from forge.checkpoint.safetensors_header import read_header
 from forge.config import parse_config
@@ -119,6 +119,7 @@ class ChainedJob:
 
 def coordinate(root: Path) -> int:
     """The coordinator: everything real but what needs torch."""
+    phases.TIDY_SECONDS = 0.0  # Old uploads are forgotten at once.
     blobs._write_all = points.around("write of a chunk", blobs._write_all)
     make: Any = grpc.server
     here = points.ServerPoints(lose="FAULTS_LOSE" in os.environ)
@@ -154,6 +155,23 @@ def _note_receipts(root: Path) -> None:
         return receipt
 
     client._receipt = noted
+
+
+def begin(role: str, root: str, log: str, deadly: str, out: str, facts: dict[str, str]) -> None:
+    """The same in a process that was forked for it.
+
+    Args:
+        role, root, log, deadly: as of `main`.
+        out: gets what it prints.
+        facts: the environment variables of this module.
+    """
+    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    for name in [name for name in os.environ if name.startswith("FAULTS_")]:
+        del os.environ[name]
+    os.environ.update(facts)
+    main(role, root, log, deadly)
 
 
 def main(role: str, root: str, log: str, deadly: str = "") -> None:
