@@ -98,7 +98,7 @@ def work(root: Path, name: str) -> None:
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
     for number in range(sys.maxsize):
         data_dir, called = root / name, f"{name}-{number}-{os.getpid()}"
-        preferences = load_preferences(None, data_dir, {"ram": "2G", "threads": 1, "device": "cpu", "name": called})
+        preferences = load_preferences(None, data_dir, {"ram": "2G", "threads": 1, "device": "cpu", "nice": 0, "name": called})
         code = run_node(Link(None, data_dir=data_dir, invitation=invitation), preferences, data_dir, False,
                         lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
         if code:

@@ -1,6 +1,6 @@
 """Kill a coordinator or a node at every point where it changes something, start it again, and see that nothing is lost.
 
-    python -m tests.faults.sweep [--every N] [--jobs N]
+    python -m tests.faults.sweep [--every N] [--jobs N] [--record FILE]
 
 One run without a kill tells the points; then there is a run for each. After the kill the model directory must load, and after
 the same commands have been given again: both processes end well; every partition is accepted once, with the bytes that
@@ -52,7 +52,7 @@ ROLES, HEIR = ("coordinator", "node"), "heir"
 #: Stands in the logs of the points where a hand-over begins, and where it is over.
 MARK = "=="
 #: Seconds that one run may take, kill and restart included.
-PATIENCE = 120.0
+PATIENCE = 300.0
 #: Processes are forked from one that has imported everything: starting Python anew took four fifths of a kill's processor time.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.faults.work"])
@@ -279,16 +279,39 @@ def check_end(root: Path, outcome: Outcome, nodes: int = 1) -> None:
         outcome.wrong.append(f"left behind: {left}")
 
 
-def sweep(every: int, jobs: int, offset: int = 0) -> list[Outcome]:
-    """One run for each `every`-th point; the outcomes, the points that were not reached left out."""
+def sweep(every: int, jobs: int, offset: int = 0, record: Path | None = None) -> list[Outcome]:
+    """One run for each `every`-th point; the outcomes, the points that were not reached left out.
+
+    Args:
+        every, offset: which points.
+        jobs: runs at a time.
+        record: gets a line an outcome as it comes; the good ones that it has already are not made again.
+    """
     plain, leaving = one_run(), one_run(leaves=True)
     if plain.wrong or leaving.wrong:
         return [outcome for outcome in (plain, leaving) if outcome.wrong]
-    wanted = [(role, point, False) for role in ROLES for point in plain.passed[role]]
-    wanted += [(role, point, True) for role, point in handing_over(leaving.passed)]
+    wanted = [(role, point, True) for role, point in handing_over(leaving.passed)]
+    wanted += [(role, point, False) for role in ROLES for point in plain.passed[role]]
+    held = {} if record is None else _recorded(record)
+
+    def outcome_of(place: tuple[str, str, bool]) -> Outcome:
+        outcome = held.get(place) or one_run(*place)
+        outcome.passed = {}  # A thousand names, of a thousand runs.
+        if record is not None and place not in held:
+            with _starting, open(record, "a", encoding="utf-8") as file:
+                file.write(json.dumps([*place, outcome.killed, outcome.wrong]) + "\n")
+        return outcome
+
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes = pool.map(lambda place: one_run(*place), wanted[offset % every :: every])
+        outcomes = pool.map(outcome_of, wanted[offset % every :: every])
         return [outcome for outcome in outcomes if outcome.killed or outcome.wrong]
+
+
+def _recorded(record: Path) -> dict[tuple[str, str, bool], Outcome]:
+    """The outcomes in a record in which nothing went wrong."""
+    lines = record.read_text().splitlines() if record.is_file() else []
+    found = [Outcome(role, point, leaves, killed, wrong) for role, point, leaves, killed, wrong in map(json.loads, lines)]
+    return {(outcome.role, outcome.point, outcome.leaves): outcome for outcome in found if not outcome.wrong}
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -306,8 +329,9 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only each N-th point")
     parser.add_argument("--offset", type=int, default=0, help="which of the N to begin with")
     parser.add_argument("--jobs", type=int, default=3, help="runs at a time")
+    parser.add_argument("--record", type=Path, help="a file that remembers what was done, so that the same command goes on")
     options = parser.parse_args()
-    outcomes = sweep(options.every, options.jobs, options.offset)
+    outcomes = sweep(options.every, options.jobs, options.offset, options.record)
     print(table(outcomes))
     for outcome in outcomes:
         for sentence in outcome.wrong:

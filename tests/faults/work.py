@@ -139,7 +139,9 @@ def work(root: Path) -> int:
     _note_receipts(root)
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
     name = os.environ.get("FAULTS_NODE", "node")
-    preferences = load_preferences(None, root / name, {"ram": "2G", "threads": 1, "device": "cpu", "name": name})
+    # What trains here is the agent itself, which is not to stand back for whatever else runs.
+    allowed = {"ram": "2G", "threads": 1, "device": "cpu", "nice": 0, "name": name}
+    preferences = load_preferences(None, root / name, allowed)
     return run_node(link.Link(None, data_dir=root / name, invitation=invitation), preferences, root / name, False,
                     lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
 
