@@ -55,7 +55,7 @@ MARK = "=="
 PATIENCE = 300.0
 #: Processes are forked from one that has imported everything: starting Python anew took four fifths of a kill's processor time.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.faults.work"])
+_FORKS.set_forkserver_preload(["tests.faults.warm"])
 _starting = threading.Lock()
 #: An upload of the day before yesterday that was never committed.
 OLD_UPLOAD = hashlib.sha256(b"an old upload").hexdigest()
