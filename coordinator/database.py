@@ -117,6 +117,29 @@ class Database:
                        detail=str(error)) from error  # fmt: skip
 
 
+class Scratch(Database):
+    """A database in memory for one thread, which ends with it. All is one transaction that nobody commits: a small change takes a
+    fifth of the time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("sqlite://")
+        self._session = Session(self._engine)
+
+    @contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[Session]:
+        """What `Database.transaction` is, except that nothing is undone when the block raises."""
+        with self._errors():
+            yield self._session
+
+    reading = transaction
+
+    def close(self) -> None:
+        """Forget it."""
+        self._session.close()
+        super().close()
+
+
 def _engine(location: Path | str, busy_seconds: float) -> Engine:
     if isinstance(location, Path):
         engine = create_engine(f"sqlite:///{location}")
