@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from safetensors.numpy import load, save
 
-from coordinator import blobs, phases
+from coordinator import blobs, phases, serve
 from coordinator.serve import OFF, Coordinator
 from forge.checkpoint.safetensors_header import read_header
 from forge.config import parse_config
@@ -120,6 +120,7 @@ class ChainedJob:
 def coordinate(root: Path) -> int:
     """The coordinator: everything real but what needs torch."""
     phases.TIDY_SECONDS = 0.0  # Old uploads are forgotten at once.
+    serve.FAREWELL_SECONDS *= 6  # Of twenty processes on two busy cores, one may not run for twenty seconds.
     blobs._write_all = points.around("write of a chunk", blobs._write_all)
     make: Any = grpc.server
     here = points.ServerPoints(lose="FAULTS_LOSE" in os.environ)
