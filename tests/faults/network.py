@@ -163,7 +163,8 @@ def line(target: str, **faults: object) -> Iterator[Line]:
         laid.close()
 
 
-def through_a_line(large: bool = True, patience: float = 900.0, chunks: float = 1.0, **faults: object) -> tuple[Outcome, int, str]:
+def through_a_line(large: bool = True, patience: float = 900.0, chunks: float = 1.0,
+                   **faults: object) -> tuple[Outcome, int, str]:  # fmt: skip
     """A whole run behind a line: its outcome, the faults that happened, and a remark.
 
     Args:
