@@ -37,13 +37,14 @@ from coordinator.blobs import UNCOMMITTED_SECONDS
 from coordinator.invite import create_token
 from forge.checkpoint.assembly import arrived
 from forge.checkpoint.safetensors_header import read_header
-from forge.errors import ForgeError, NetworkError
+from forge.errors import ForgeError, NetworkError, StorageError
 from forge.files import RunDirectory
 from forge.vocabulary import INDEX_FILE, expert_file
 from node.cache import CHECKPOINT_FILE
 from node.control import ask
 from tests.coordinator import fakes
 from tests.faults import work
+from tests.faults.points import FULL
 from tests.faults.work import HOLD_FILE, INVITATION_FILE, LISTEN_FILE, RECEIPTS_FILE, shard_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLES, HEIR = ("coordinator", "node"), "heir"
 #: Stands in the logs of the points where a hand-over begins, and where it is over.
 MARK = "=="
+#: Points at which something new comes onto the disk.
+WRITES = re.compile(r"before (fsync|replace|rename|link|mkdir|write)")
+#: Who dies, where, in a run of a hand-over or not, or has a full disk there.
+Place = tuple[str, str, bool, bool]
 #: Seconds that one run may take, kill and restart included.
 PATIENCE = 300.0
 #: Processes are forked from one that has imported everything: starting Python anew took four fifths of a kill's processor time.
@@ -71,6 +76,8 @@ class Outcome:
     point: str
     leaves: bool = False
     """Whether its node hands over and leaves."""
+    full: bool = False
+    """Whether the disk is full at the point, for that one call, and nobody dies."""
     killed: bool = False
     wrong: list[str] = field(default_factory=list)
     passed: dict[str, list[str]] = field(default_factory=dict)
@@ -83,12 +90,12 @@ class Outcome:
     @property
     def who(self) -> str:
         """Which process dies, and in what kind of run."""
-        return f"{self.role}, handing over" if self.leaves else self.role
+        return self.role + ", handing over" * self.leaves + ", its disk full" * self.full
 
 
-def one_run(role: str = "", point: str = "", leaves: bool = False) -> Outcome:
+def one_run(role: str = "", point: str = "", leaves: bool = False, full: bool = False) -> Outcome:
     """A whole run from nothing, in which a role dies at a point (or nobody does)."""
-    outcome = Outcome(role, point, leaves)
+    outcome = Outcome(role, point, leaves, full)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         address = free_address()
@@ -97,6 +104,7 @@ def one_run(role: str = "", point: str = "", leaves: bool = False) -> Outcome:
         if not outcome.wrong:
             check_end(root, outcome, nodes=2 if leaves else 1)
         outcome.passed = {log.stem: log.read_text().splitlines() for log in root.glob("*.log")}
+        outcome.killed |= any(FULL in points for points in outcome.passed.values())
     return outcome
 
 
@@ -144,6 +152,7 @@ class Cast:
         """Start a process, which is to die at the point."""
         facts = {name: value for name, value in os.environ.items() if name.startswith("FAULTS_")}
         log, out = str(self.root / f"{role}.log"), str(self.root / f"{role}.out")
+        facts |= {"FAULTS_FULL": "1"} if self.outcome.full and point else {}
         named = "coordinator" if role == "coordinator" else "node"
         arguments = (named, str(self.root), log, point, out, facts | ({} if named == role else {"FAULTS_NODE": role}))
         self.running[role] = _FORKS.Process(target=work.begin, args=arguments)
@@ -174,6 +183,10 @@ class Cast:
             self.outcome.killed = True
             _check_model(self.root, self.outcome)
             self.start(role)
+        elif code == StorageError.exit_code and self.outcome.full and role == self.outcome.role and not self.outcome.killed:
+            self.outcome.killed = True
+            _check_model(self.root, self.outcome)
+            self.start(role)  # A person made room.
         elif code == NetworkError.exit_code and role != "coordinator":
             self.start(role)  # A person who started it before the coordinator starts it again.
         elif code is not None:
@@ -279,22 +292,25 @@ def check_end(root: Path, outcome: Outcome, nodes: int = 1) -> None:
         outcome.wrong.append(f"left behind: {left}")
 
 
-def sweep(every: int, jobs: int, offset: int = 0, record: Path | None = None) -> list[Outcome]:
+def sweep(every: int, jobs: int, offset: int = 0, record: Path | None = None, full: bool = False) -> list[Outcome]:
     """One run for each `every`-th point; the outcomes, the points that were not reached left out.
 
     Args:
         every, offset: which points.
         jobs: runs at a time.
+        full: whether the disk is full where something is written, instead of kills.
         record: gets a line an outcome as it comes; the good ones that it has already are not made again.
     """
     plain, leaving = one_run(), one_run(leaves=True)
     if plain.wrong or leaving.wrong:
         return [outcome for outcome in (plain, leaving) if outcome.wrong]
-    wanted = [(role, point, True) for role, point in handing_over(leaving.passed)]
-    wanted += [(role, point, False) for role in ROLES for point in plain.passed[role]]
+    wanted = [(role, point, True, full) for role, point in handing_over(leaving.passed)]
+    wanted += [(role, point, False, full) for role in ROLES for point in plain.passed[role]]
+    if full:
+        wanted = [place for place in wanted if WRITES.match(place[1])]
     held = {} if record is None else _recorded(record)
 
-    def outcome_of(place: tuple[str, str, bool]) -> Outcome:
+    def outcome_of(place: Place) -> Outcome:
         outcome = held.get(place) or one_run(*place)
         outcome.passed = {}  # A thousand names, of a thousand runs.
         if record is not None and place not in held:
@@ -307,11 +323,12 @@ def sweep(every: int, jobs: int, offset: int = 0, record: Path | None = None) ->
         return [outcome for outcome in outcomes if outcome.killed or outcome.wrong]
 
 
-def _recorded(record: Path) -> dict[tuple[str, str, bool], Outcome]:
+def _recorded(record: Path) -> dict[Place, Outcome]:
     """The outcomes in a record in which nothing went wrong."""
     lines = record.read_text().splitlines() if record.is_file() else []
-    found = [Outcome(role, point, leaves, killed, wrong) for role, point, leaves, killed, wrong in map(json.loads, lines)]
-    return {(outcome.role, outcome.point, outcome.leaves): outcome for outcome in found if not outcome.wrong}
+    found = [Outcome(role, point, leaves, full, killed, wrong)
+             for role, point, leaves, full, killed, wrong in map(json.loads, lines)]  # fmt: skip
+    return {(outcome.role, outcome.point, outcome.leaves, outcome.full): outcome for outcome in found if not outcome.wrong}
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -330,8 +347,9 @@ def main() -> int:
     parser.add_argument("--offset", type=int, default=0, help="which of the N to begin with")
     parser.add_argument("--jobs", type=int, default=3, help="runs at a time")
     parser.add_argument("--record", type=Path, help="a file that remembers what was done, so that the same command goes on")
+    parser.add_argument("--full", action="store_true", help="have the disk be full at each write, once, instead of kills")
     options = parser.parse_args()
-    outcomes = sweep(options.every, options.jobs, options.offset, options.record)
+    outcomes = sweep(options.every, options.jobs, options.offset, options.record, options.full)
     print(table(outcomes))
     for outcome in outcomes:
         for sentence in outcome.wrong:

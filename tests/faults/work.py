@@ -1,8 +1,8 @@
 """The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`.
 
 FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out;
-FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its directory. While ROOT holds a file `hold`, training
-stands still after its first step.
+FAULTS_FULL=1 has the disk be full at the point; FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its
+directory. While ROOT holds a file `hold`, training stands still after its first step.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def main(role: str, root: str, log: str, deadly: str = "") -> None:
     """Run a role until it is done."""
     with report_errors():
         choose_size("FAULTS_LARGE" in os.environ)
-        points.install(Path(root), Path(log), deadly)
+        points.install(Path(root), Path(log), deadly, "FAULTS_FULL" in os.environ)
         sys.exit({"coordinator": coordinate, "node": work}[role](Path(root)))
 
 
