@@ -56,6 +56,8 @@ class Line:
     """Bytes from the node, since the start, at which every connection is cut."""
     stalls: list[int] = field(default_factory=list)
     """Bytes from the node at which its connection falls silent for good without being closed."""
+    port: int = 0
+    """Where the node finds it; 0 takes a free one."""
     upwards: int = 0
     faults: int = 0
 
@@ -63,7 +65,7 @@ class Line:
         self._lock, self._open = threading.Lock(), list[socket.socket]()
         self._sockets, self._threads = list[socket.socket](), list[threading.Thread]()
         self._random = random.Random(0)
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server(("127.0.0.1", self.port))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self._begin(self._accept)
 

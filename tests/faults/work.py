@@ -2,7 +2,7 @@
 
 FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out;
 FAULTS_FULL=1 has the disk be full at the point; FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its
-directory. While ROOT holds a file `hold`, training stands still after its first step.
+directory. While ROOT holds a file `hold`, or one `hold-NAME` of the node, training stands still after its first step.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class ChainedJob:
         self._checkpoint = self._directory / "checkpoint.safetensors"
         self.pid = os.getpid()
         self._told, self._state, self._step = threading.Event(), "", 0
+        self._holds = HOLD_FILE, f"{HOLD_FILE}-{os.environ.get('FAULTS_NODE', 'node')}"
 
     def events(self) -> Iterator[dict[str, Any]]:
         held: dict[str, Any] = {"step": 0, "state": state_at(self._partition, 0)}
@@ -94,7 +95,7 @@ class ChainedJob:
             self._step = step + 1
             yield {"event": "progress", "stage": "expert", "step": step + 1, "steps": STEPS, "loss": 1.0,
                    "tokens_per_second": 10.0, "resident_bytes": 1 << 20, "message": None}  # fmt: skip
-            while (self._root / HOLD_FILE).exists() and not self._told.wait(0.05):
+            while any((self._root / name).exists() for name in self._holds) and not self._told.wait(0.05):
                 pass
             if self._told.is_set():
                 return
