@@ -71,10 +71,12 @@ def test_nothing_is_kept_of_nodes_and_runs_that_are_over(world: World) -> None:
 def test_what_is_walked_is_really_there(world: World) -> None:
     node = world.node("laptop")
     work = node.lease()
-    before = held(world.coordinator, set())
-    node.open(work.lease_id, b"x" * 100)
+    before, data = held(world.coordinator, set()), b"x" * 100
+    node.open(work.lease_id, data)
     uploads: Uploads = world.coordinator._desk.uploads  # type: ignore[union-attr]
     assert len(uploads._of_lease) == len(uploads._open) == 1 and held(world.coordinator, set()) > before
+    node.send(work.lease_id, data)
+    assert not uploads._of_lease and not uploads._open
 
 
 def test_a_node_that_was_quiet_for_long_enough_has_no_bucket() -> None:
