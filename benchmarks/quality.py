@@ -4,8 +4,9 @@
 
 Five tables. `rows`: every rival at one operating point. `properties`: what else a modular model must do there. `variants`:
 one thing of that point changed at a time. `alone` and `together`: how much of the time to spend on the shared components,
-against one machine, or five by DiLoCo, that train a dense model for all of it. Killed and started again, it goes on where it
-was; its workspace keeps every model and every measured row, and benchmarks/results/ what was found.
+against one machine, or five by DiLoCo, that train a dense model for all of it, and against a dense model of as many tokens.
+Killed and started again, it goes on where it was; its workspace keeps every model and every measured row, and
+benchmarks/results/ what was found.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.lab import tables  # noqa: E402
 from benchmarks.lab.maturity import SHARES, measure_alone, measure_together  # noqa: E402
 from benchmarks.lab.phases import steps_of  # noqa: E402
 from benchmarks.lab.properties import measure_properties  # noqa: E402
-from benchmarks.lab.rows import ROWS, Point, result  # noqa: E402
+from benchmarks.lab.rows import ROWS, Point, result, wanted  # noqa: E402
 from benchmarks.lab.setting import SCALES, Setting, prepare_data  # noqa: E402
 from benchmarks.lab.variants import measure_variants  # noqa: E402
 from forge.files import read_json, write_json  # noqa: E402
@@ -59,7 +60,7 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shared = steps_of(setting, options.maturity * setting.parameters)
         point = Point(setting, shared, round(shared * (1 - options.share) / options.share))
         if "rows" in options.tables:
-            for name in [row for row in ROWS if options.only in row]:
+            for name in [row for row in ROWS if wanted(row, options.only)]:
                 yield {"table": "rows", "maturity": options.maturity, "share": options.share, **facts,
                        **result(name, point, ROWS[name])}  # fmt: skip
         if "variants" in options.tables:
@@ -70,7 +71,7 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"table": "properties", "maturity": options.maturity, "share": options.share, **facts, **found}
         for table, curves in (("alone", measure_alone), ("together", measure_together)):
             for maturity in options.maturities if table in options.tables else []:
-                for found in curves(setting, maturity, options.shares):
+                for found in curves(setting, maturity, options.shares, options.only):
                     yield {"table": table, "maturity": maturity, **facts, **found}
 
 
@@ -96,7 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.85, help="share of the time that the shared phase takes (rows)")
     parser.add_argument("--maturities", type=float, nargs="+", default=list(MATURITIES), help="of the curves")
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the curves")
-    parser.add_argument("--only", default="", help="only rows whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=(), help="only rows whose name has one of these in it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where models and rows are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,9 +1,11 @@
 """How long to train the shared components, as a share of a wall-clock time T, counted in optimiser steps of one machine.
 
-Two comparisons, at each maturity of the shared components (training tokens per live parameter at the split):
+Four comparisons, at each maturity of the shared components (training tokens per live parameter at the split):
 
 - alone: one machine trains the shared components for a share of T, then five train experts; the rival is one machine that
   trains a dense model for all of T;
+- equal tokens, jointly: the same, against one machine that trains a dense model, or the mixture as one, on as many tokens as
+  all of them saw in sum;
 - together: five machines train the shared components by DiLoCo, then an expert each; the rival is DiLoCo for all of T.
 """
 
@@ -18,35 +20,47 @@ import numpy.typing as npt
 
 from benchmarks.lab import rivals
 from benchmarks.lab.phases import DECAY, WARMUP_STEPS, State, dense_model, state_of, steps_of, tokens_of
-from benchmarks.lab.rows import Point, Row, dense_row, modular_row, result, trained_flops
+from benchmarks.lab.rows import Maker, Point, Row, dense_row, joint_row, modular_row, result, trained_flops, wanted
 from benchmarks.lab.setting import TRAIN, Setting
 
 #: Shares of T for the shared phase.
-SHARES = (0.6, 0.7, 0.8, 0.9)
+SHARES = (0.7, 0.8, 0.9, 0.95)
+#: Who is compared with whom: (ours, rival) by comparison.
+PAIRS = {"alone": ("alone: ours", "alone: dense for all of T"),
+         "equal tokens": ("alone: ours", "alone: dense, tokens of everybody"),
+         "jointly": ("alone: ours", "alone: trained jointly, tokens of everybody"),
+         "together": ("together: ours", "together: DiLoCo for all of T")}  # fmt: skip
 #: Optimiser steps between two meetings of the workers.
 ROUND_STEPS = 25
 
 
-def measure_alone(setting: Setting, maturity: float, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Both sides of the first comparison at one maturity."""
+def measure_alone(setting: Setting, maturity: float, shares: Sequence[float],
+                  only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The sides of the first three comparisons at one maturity, those whose name has `only` in it."""
     shared = steps_of(setting, maturity * setting.parameters)
     for share in shares:
         total = round(shared / share)
         point = Point(setting, shared, total - shared)
+        makers: dict[str, Maker] = {
+            "alone: dense for all of T": partial(dense_row, steps=total, name="rival"),
+            "alone: ours": lambda p: modular_row(p, p.ours(p.setting.top_k)),
+            "alone: dense, tokens of everybody": partial(dense_row, steps=point.total_steps, name="rival"),
+            "alone: trained jointly, tokens of everybody": joint_row}
         facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
-        yield facts | result("alone: dense for all of T", point, partial(dense_row, steps=total, name="rival"))
-        yield facts | result("alone: ours", point, lambda p: modular_row(p, p.ours(2)))
+        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
 
 
-def measure_together(setting: Setting, maturity: float, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Both sides of the second comparison at one maturity."""
+def measure_together(setting: Setting, maturity: float, shares: Sequence[float],
+                     only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Both sides of the last comparison at one maturity, those whose name has `only` in it."""
     shared = steps_of(setting, maturity * setting.parameters / setting.experts)
     for share in shares:
         total = round(shared / share)
         point = Together(setting, shared, total - shared)
+        makers: dict[str, Maker] = {"together: DiLoCo for all of T": partial(_dense_together, steps=total),
+                                    "together: ours": lambda p: modular_row(p, p.ours(p.setting.top_k))}  # fmt: skip
         facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
-        yield facts | result("together: DiLoCo for all of T", point, partial(_dense_together, steps=total))
-        yield facts | result("together: ours", point, lambda p: modular_row(p, p.ours(2)))
+        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
 
 
 class Together(Point):
@@ -63,16 +77,16 @@ class Together(Point):
         return f"together-{super().shared_name}"
 
     def train_shared(self) -> State:
-        """Train the shared components, at a constant rate: the experts anneal for themselves."""
-        return _by_all(self.setting, self.shared_steps, decay=0.0)
+        """Train the shared components."""
+        return _by_all(self.setting, self.shared_steps)
 
 
-def _by_all(setting: Setting, steps: int, decay: float, **model: Any) -> State:
+def _by_all(setting: Setting, steps: int, **model: Any) -> State:
     """A dense model by DiLoCo from the first step, a random share of the documents for each worker."""
     start = state_of(dense_model(setting, **model))
     return rivals.diloco(setting, start, _shards(setting), steps, max(1, round(steps / ROUND_STEPS)),
-                         f"together-{'constant' if decay == 0 else 'annealed'}-{steps}", setting.scale.learning_rate,
-                         decay=decay, warmup=WARMUP_STEPS, **model)  # fmt: skip
+                         f"together-{'rival-' if model else ''}{steps}", setting.scale.learning_rate, decay=DECAY,
+                         warmup=WARMUP_STEPS, **model)  # fmt: skip
 
 
 def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
@@ -84,6 +98,6 @@ def _shards(setting: Setting) -> list[npt.NDArray[np.intp]]:
 def _dense_together(point: Point, steps: int) -> Row:
     setting = point.setting
     fields = setting.rival()
-    model = dense_model(setting, _by_all(setting, steps, DECAY, **fields), **fields).eval()
+    model = dense_model(setting, _by_all(setting, steps, **fields), **fields).eval()
     everybody = setting.experts * steps
     return Row(point.measure(model), tokens_of(setting, everybody), trained_flops(point, everybody, **fields))

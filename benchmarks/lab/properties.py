@@ -5,7 +5,7 @@ and write text worth reading.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.lab import mixtures
 from benchmarks.lab.phases import dense, dense_model
-from benchmarks.lab.rows import Point
+from benchmarks.lab.rows import Point, wanted
 from benchmarks.lab.setting import TEST
 from forge.evaluate.perplexity import measure
 from forge.files import read_json, write_json
@@ -75,31 +75,43 @@ def arrivals(point: Point) -> Values:
 
 
 def removal(point: Point) -> Values:
-    """An expert taken away may cost its own partition only."""
-    assembled, count = Assembled(point), point.setting.experts
-    everyone = frozenset(range(count))
-    whole = np.asarray(assembled.losses(everyone))
-    cost_EK = np.asarray([np.asarray(assembled.losses(everyone - {k})) - whole for k in range(count)])
-    others = cost_EK[~np.eye(count, dtype=bool)]
-    return {"its own partition loses, mean": float(np.diag(cost_EK).mean()), "others lose, mean": float(others.mean()),
-            "others lose, at most": float(others.max()), "others move, at most": float(np.abs(others).max())}  # fmt: skip
+    """An expert taken away may cost its own partition only.
+
+    Either the shared FFN takes its place, as when a node's shards are dropped, or its partition leaves the run with its
+    counts, so that the router knows it no more.
+    """
+    setting, whole = point.setting, Assembled(point)
+    everyone = frozenset(range(setting.experts))
+    before_K = np.asarray(whole.losses(everyone))
+    ways: dict[str, Callable[[int], list[float]]] = {
+        "shared FFN in its place": lambda k: whole.losses(everyone - {k}),
+        "with its counts": lambda k: losses(point, subset(point, sorted(everyone - {k})))}  # fmt: skip
+    found: Values = {}
+    for how, without in ways.items():
+        cost_EK = np.asarray([np.asarray(without(k)) - before_K for k in range(setting.experts)])
+        others = cost_EK[~np.eye(setting.experts, dtype=bool)]
+        found |= {f"{how}: its own partition loses, mean": float(np.diag(cost_EK).mean()),
+                  f"{how}: others lose, mean": float(others.mean()), f"{how}: others lose, at most": float(others.max()),
+                  f"{how}: others move, at most": float(np.abs(others).max())}  # fmt: skip
+    return found
 
 
 def addition(point: Point) -> Values:
     """A run of one partition less gains it: its counts are added, head and rows made again, and no other expert is touched."""
-    setting, last = point.setting, point.setting.experts - 1
-
-    def assembled(experts: int) -> mixtures.GatedMixture:
-        model = dense_model(setting, point.shared).eval().requires_grad_(False)
-        # The shared components are as large as they were when the run began.
-        add_context(model, point.counts[:experts], point.scale_windows(last))
-        rows = [bayes_rows(model.config, point.counts[:experts])] * model.config.n_layers
-        gate = mixtures.top_k_gate(point.at_temperature(model, rows), setting.top_k)
-        return mixtures.GatedMixture(model, point.experts[:experts], gate)
-
-    before, after = (np.asarray(losses(point, assembled(count))) for count in (last, last + 1))
+    last = point.setting.experts - 1
+    before, after = (np.asarray(losses(point, subset(point, range(count)))) for count in (last, last + 1))
     return {"the new partition gains": float(before[last] - after[last]),
             "old partitions lose, at most": float((after - before)[:last].max())}  # fmt: skip
+
+
+def subset(point: Point, partitions: Sequence[int]) -> mixtures.GatedMixture:
+    """The assembled model of a run that has only these partitions: their counts, head and rows made of them, their experts."""
+    model, counts = dense_model(point.setting, point.shared).eval().requires_grad_(False), point.counts[partitions]
+    # The shared components are as large as they were when the run began, with the last partition still to come.
+    add_context(model, counts, point.scale_windows(range(point.setting.experts - 1)))
+    rows = [bayes_rows(model.config, counts)] * model.config.n_layers
+    gate = mixtures.top_k_gate(point.at_temperature(model, rows, partitions), point.setting.top_k)
+    return mixtures.GatedMixture(model, [point.experts[k] for k in partitions], gate)
 
 
 def generation(point: Point) -> Values:
@@ -159,11 +171,11 @@ PROPERTIES: dict[str, Callable[[Point], Values]] = {
 }  # fmt: skip
 
 
-def measure_properties(point: Point, only: str = "") -> Iterator[dict[str, Any]]:
+def measure_properties(point: Point, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Every property of a point whose name has `only` in it, measured once."""
     for name, make in PROPERTIES.items():
         path = point.home / "properties" / f"{name}.json"
-        if only not in name:
+        if not wanted(name, only):
             continue
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

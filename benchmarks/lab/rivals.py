@@ -25,7 +25,8 @@ from forge.config import ModelConfig
 from forge.data.packing import batches, pad
 from forge.evaluate.perplexity import Loss
 from forge.files import TEMPORARY_SUFFIX
-from forge.model.lm import INITIAL_STD, RESIDUAL_PROJECTIONS, DenseLM
+from forge.model.attention import rotary_tables
+from forge.model.lm import INITIAL_STD, RESIDUAL_PROJECTIONS, DenseLayer, DenseLM
 from forge.model.moe import MixtureLM, Routing
 from forge.train.loss import IGNORE_INDEX
 
@@ -271,6 +272,33 @@ def ensemble_loss(log_p: Sequence[Sequence[npt.NDArray[np.float64]]], prior_E: n
         weights_ET = evidence_ET - np.logaddexp.reduce(evidence_ET, axis=0)
         nats -= float(np.logaddexp.reduce(weights_ET + log_p_ET, axis=0).sum())
         tokens += log_p_ET.shape[1]
+    return Loss(nats, tokens, int(sum(sizes)))
+
+
+def gate_weights(model: DenseLM, rows_ED: Tensor, windows: Sequence[npt.NDArray[np.int64]],
+                 top: int) -> list[npt.NDArray[np.float64]]:  # fmt: skip
+    """What the gate of the first layer gives each expert at every position of every window, (E, T) each, as `top_k` of them."""
+    found = []
+    for window in windows:
+        tokens_BT = torch.from_numpy(window[None, :-1])
+        with torch.inference_mode():
+            x_BTD = model.model.embed_tokens(tokens_BT)
+            layer = cast(DenseLayer, model.model.layers[0])
+            rotary = rotary_tables(model.config, tokens_BT.shape[1], tokens_BT.device)
+            x_BTD = x_BTD + layer.self_attn(layer.input_layernorm(x_BTD), rotary, None, 0)
+            weights_TE = keep_top(layer.post_attention_layernorm(x_BTD)[0] @ rows_ED.T, top)
+        found.append(weights_TE.T.double().numpy())
+    return found
+
+
+def weighted_loss(log_p: Sequence[Sequence[npt.NDArray[np.float64]]], weights: Sequence[npt.NDArray[np.float64]],
+                  sizes: Sequence[int]) -> Loss:  # fmt: skip
+    """Loss of the experts' probabilities mixed by given weights, (E, T) a window, at every position."""
+    nats, tokens = 0.0, 0
+    for number, weights_ET in enumerate(weights):
+        p_ET = np.exp(np.stack([expert[number] for expert in log_p]))
+        nats -= float(np.log((weights_ET * p_ET).sum(axis=0)).sum())
+        tokens += p_ET.shape[1]
     return Loss(nats, tokens, int(sum(sizes)))
 
 

@@ -5,7 +5,7 @@ Every row is made from what was trained (kept on disk) and measured once (kept a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -41,8 +41,8 @@ class Point:
     setting: Setting
     shared_steps: int
     expert_steps: int
-    annealed: bool = False
-    """Whether the shared phase ends in its decay; else the experts anneal for themselves."""
+    annealed: bool = True
+    """Whether the shared phase ends in its decay; else only the experts' rate falls, and the shared components never settle."""
     partition: str = "clustered"
     recipe: Recipe = Recipe()
 
@@ -91,7 +91,7 @@ class Point:
     def routed(self) -> DenseLM:
         """The shared components with their context head, as they are assembled."""
         model = dense_model(self.setting, self.shared).eval().requires_grad_(False)
-        add_context(model, self.counts, self.scale_windows(self.setting.experts))
+        add_context(model, self.counts, self.scale_windows(range(self.setting.experts)))
         return model
 
     @cached_property
@@ -101,10 +101,10 @@ class Point:
         return np.stack([count_tokens((corpus.document(index) for index in self.documents(TRAIN, k)), corpus.vocab_size)
                          for k in range(self.setting.experts)])  # fmt: skip
 
-    def scale_windows(self, partitions: int) -> Iterator[npt.NDArray[np.int64]]:
-        """Some windows of the first partitions, by which the context channels are scaled."""
+    def scale_windows(self, partitions: Iterable[int]) -> Iterator[npt.NDArray[np.int64]]:
+        """Some windows of these partitions, by which the context channels are scaled."""
         tokens = SCALE_WINDOWS * self.setting.scale.seq_len
-        return chain.from_iterable(self.setting.windows(self.documents(TRAIN, k), tokens) for k in range(partitions))
+        return chain.from_iterable(self.setting.windows(self.documents(TRAIN, k), tokens) for k in partitions)
 
     def router_windows(self, partition: int) -> Iterator[npt.NDArray[np.int64]]:
         """The training windows of a partition that a router is fitted on."""
@@ -162,9 +162,10 @@ class Point:
             rows = [fit_rows(layer, config) for layer in self.statistics[context]]
         return self.at_temperature(self.routed if context else self.base, rows)
 
-    def at_temperature(self, model: DenseLM, rows: Sequence[Array]) -> list[Tensor]:
-        """The rows of each layer times the factor that suits the validation documents of the partitions that have a row."""
-        held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS) for k in range(len(rows[0]))]
+    def at_temperature(self, model: DenseLM, rows: Sequence[Array], partitions: Iterable[int] | None = None) -> list[Tensor]:
+        """The rows of each layer times the factor that suits the validation documents of the partitions, all unless given."""
+        held_out = [self.setting.windows(self.documents(VALIDATION, k), TEMPERATURE_TOKENS)
+                    for k in partitions or range(self.setting.experts)]  # fmt: skip
         factors, _ = temperatures(model, rows, held_out)
         return [torch.from_numpy(factor * rows_ED).float() for factor, rows_ED in zip(factors, rows, strict=True)]
 
@@ -210,6 +211,11 @@ class Row:
 
 
 Maker = Callable[[Point], Row]
+
+
+def wanted(name: str, only: Sequence[str]) -> bool:
+    """Whether a row is asked for: by a part of its name, or because nothing else is."""
+    return not only or any(part in name for part in only)
 
 
 def result(name: str, point: Point, make: Maker) -> dict[str, Any]:
@@ -301,6 +307,20 @@ def _ensemble(point: Point, top: int) -> Row:
     return from_log_p(point, lambda name, log_p, sizes: rivals.ensemble_loss(log_p[:-1], prior_E, top, sizes))
 
 
+def _routed_ensemble(point: Point, top: int) -> Row:
+    """c-BTM (Gururangan et al. 2023): whole models, mixed in their probabilities by what the text so far is about.
+
+    The weights are those of our own router, so that only what they weigh is different.
+    """
+    rows_ED = point.router()[0]
+
+    def loss(name: str, log_p: list[list[npt.NDArray[np.float64]]], sizes: list[int]) -> Loss:
+        weights = rivals.gate_weights(point.routed, rows_ED, point.test_windows[name], top)
+        return rivals.weighted_loss(log_p[:-1], weights, sizes)
+
+    return from_log_p(point, loss)
+
+
 def _best_single(point: Point) -> Row:
     def mean(expert: int) -> float:
         return equal_weight_mean(_sum(log_p[expert], point.sizes(name)) for name, log_p in point.log_p.items() if name != OUTSIDE)
@@ -345,6 +365,9 @@ ROWS: dict[str, Maker] = {
     "TIES": lambda p: _merged(p, rivals.ties),
     "uniform gate": lambda p: modular_row(p, p.mixture(mixtures.constant_gate([1 / p.setting.experts] * p.setting.experts))),
     "random router, top-2": _random_router,
+    "c-BTM, top-1": lambda p: _routed_ensemble(p, 1),
+    "c-BTM, top-2": lambda p: _routed_ensemble(p, 2),
+    "Branch-Train-Merge, top-1": lambda p: _ensemble(p, 1),
     "Branch-Train-Merge, top-2": lambda p: _ensemble(p, 2),
     "Branch-Train-Merge, all experts": lambda p: _ensemble(p, p.setting.experts),
     "document-level router": lambda p: from_log_p(p, lambda name, log_p, sizes: rivals.document_router_loss(

@@ -53,6 +53,8 @@ class Scale:
 SCALES = {
     # A minute on one core; for tests.
     "tiny": Scale(32, 96, 2, 2, 512, 64, 8, 1.2e-2, 4e-3, 8, 2_000, 20_000),
+    # 32,928 parameters beside the embedding: 200 tokens for each are 6.6 million, so that great maturity can be afforded.
+    "mini": Scale(32, 128, 2, 2, 2048, 256, 8, 6e-3, 8e-3, 4, 40_000, 400_000),
     # 262,720 parameters beside the embedding: 50 tokens for each of them take 20 minutes on one core.
     "small": Scale(64, 256, 4, 4, 2048, 256, 8, 6e-3, 8e-3, 4, 40_000, 400_000),
     "medium": Scale(128, 512, 4, 4, 4096, 256, 32, 8e-3, 3e-3, 16, 40_000, 400_000),

@@ -8,9 +8,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.lab.maturity import PAIRS
+
 Rows = list[dict[str, Any]]
-#: What the two curves over maturity compare.
+#: What the curves over maturity compare.
 CURVES = {"alone": "Alone: one machine for a share of T and five for the rest, against one machine for all of T",
+          "equal tokens": "Equal tokens: the same, against a dense model that saw as many tokens as everybody together",
+          "jointly": "Jointly: the same, against the mixture trained as one on as many tokens",
           "together": "Together: five machines by DiLoCo for a share of T, then an expert each, against DiLoCo for all of T"}
 
 
@@ -28,24 +32,17 @@ def markdown(rows: Rows) -> str:
              "Printed by `benchmarks/quality.py`. Losses are in nats a token on held-out documents; `mean` gives every",
              "partition the same weight, `outside` is the domain that nobody trained on; ± is the standard deviation over",
              "seeds."]  # fmt: skip
-    for table, title in (("rows", "Rivals"), ("variants", "Variants")):
-        for maturity, share in _points(rows, table):
-            here = [row for row in rows if row["table"] == table and (row["maturity"], row["share"]) == (maturity, share)]
-            parts += ["", f"## {title}: {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components",
-                      "", *_rows(here)]  # fmt: skip
-    for maturity, share in _points(rows, "properties"):
-        here = [row for row in rows if row["table"] == "properties" and (row["maturity"], row["share"]) == (maturity, share)]
-        parts += ["", f"## Properties: {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components", "",
-                  *_properties(here)]  # fmt: skip
-    for table, title in CURVES.items():
-        curves = [row for row in rows if row["table"] == table]
-        if curves:
-            parts += ["", f"## {title}", "", *_maturity(curves)]
+    for table, make in (("rows", _rows), ("variants", _rows), ("properties", _properties)):
+        for scale, maturity, share in sorted({(r["scale"], r["maturity"], r["share"]) for r in rows if r["table"] == table}):
+            here = [row for row in rows if (row["table"], row["scale"], row["maturity"], row["share"]) ==
+                    (table, scale, maturity, share)]  # fmt: skip
+            point = f"{scale} model, {maturity:g} tokens a parameter, {share:.0%} of the time for the shared components"
+            parts += ["", f"## {table.capitalize()}: {point}", "", *make(here)]
+    for curve, title in CURVES.items():
+        for scale in sorted({row["scale"] for row in rows}):
+            made = _maturity([row for row in rows if row["scale"] == scale], curve)
+            parts += ["", f"## {title} ({scale} model)", "", *made] if made else []
     return "\n".join(parts) + "\n"
-
-
-def _points(rows: Rows, table: str) -> list[tuple[float, float]]:
-    return sorted({(row["maturity"], row["share"]) for row in rows if row["table"] == table})
 
 
 def _properties(rows: Rows) -> list[str]:
@@ -70,19 +67,30 @@ def _rows(rows: Rows) -> list[str]:
     return made
 
 
-def _maturity(rows: Rows) -> list[str]:
-    made = ["| tokens a parameter | share of T | seeds | rival | ours | ours is better by | partitions won |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for maturity, share in sorted({(row["maturity"], row["share"]) for row in rows}):
-        here = [row for row in rows if (row["maturity"], row["share"]) == (maturity, share)]
-        pairs = [(dense, ours) for dense in here for ours in here
-                 if dense["seed"] == ours["seed"] and "ours" not in dense["row"] and "ours" in ours["row"]]  # fmt: skip
-        if pairs:
-            won = mean(sum(ours["loss"][k] < dense["loss"][k] for k in dense["loss"]) for dense, ours in pairs)
-            made.append(f"| {maturity:g} | {share:.0%} | {len(pairs)} | {spread(d['mean'] for d, _ in pairs)} | "
-                        f"{spread(o['mean'] for _, o in pairs)} | {spread(d['mean'] - o['mean'] for d, o in pairs)} | "
-                        f"{won:.1f} of {len(pairs[0][0]['loss'])} |")  # fmt: skip
-    return made
+def _maturity(rows: Rows, curve: str) -> list[str]:
+    made = []
+    for maturity, share, pairs in _compared(rows, curve):
+        won = mean(sum(ours["loss"][k] < rival["loss"][k] for k in ours["loss"]) for ours, rival in pairs)
+        ours, rival = pairs[0]
+        made.append(f"| {maturity:g} | {share:.0%} | {ours['time_tokens'] / 1e6:.2f} M | {ours['tokens'] / 1e6:.2f} M | "
+                    f"{rival['tokens'] / 1e6:.2f} M | {len(pairs)} | {spread(r['mean'] for _, r in pairs)} | "
+                    f"{spread(o['mean'] for o, _ in pairs)} | {spread(r['mean'] - o['mean'] for o, r in pairs)} | "
+                    f"{won:.1f} of {len(ours['loss'])} |")  # fmt: skip
+    head = ["| tokens a parameter | share of T | T | tokens of ours | of the rival | seeds | rival | ours | ours is better by | "
+            "partitions won |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    return head + made if made else []
+
+
+def _compared(rows: Rows, curve: str) -> list[tuple[float, float, list[tuple[dict[str, Any], dict[str, Any]]]]]:
+    """At every maturity and share the pairs of (ours, rival) of the same seed."""
+    names = PAIRS[curve]
+    found: dict[tuple[float, float], dict[int, dict[str, dict[str, Any]]]] = {}
+    for row in rows:
+        if row["row"] in names:
+            found.setdefault((row["maturity"], row["share"]), {}).setdefault(row["seed"], {})[row["row"]] = row
+    pairs = {point: [(of[names[0]], of[names[1]]) for _, of in sorted(seeds.items()) if len(of) == len(names)]
+             for point, seeds in sorted(found.items())}  # fmt: skip
+    return [(*point, both) for point, both in pairs.items() if both]
 
 
 def spread(values: Iterable[float]) -> str:
@@ -92,29 +100,27 @@ def spread(values: Iterable[float]) -> str:
 
 
 def plots(rows: Rows, directory: Path) -> None:
-    """Draw the gain over the dense model against maturity, one line a share, one panel a comparison."""
+    """Draw ours against each rival over maturity, one line a share, a panel a comparison, a file a scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {table: here for table in CURVES if (here := [row for row in rows if row["table"] == table])}
-    if not found:
-        return
-    figure = Figure(figsize=(6.5 * len(found), 4.5), layout="constrained")
-    for number, (table, curves) in enumerate(found.items(), start=1):
-        axes = figure.add_subplot(1, len(found), number)
-        for share in sorted({row["share"] for row in curves}):
-            points = []
-            for maturity in sorted({row["maturity"] for row in curves}):
-                here = [row for row in curves if (row["maturity"], row["share"]) == (maturity, share)]
-                rival, ours = ([row["mean"] for row in here if ("ours" in row["row"]) == mine] for mine in (False, True))
-                if rival and ours:
-                    points.append((maturity, mean(rival) - mean(ours)))
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=f"{share:.0%} of T for the shared components")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_title(table)
-        axes.set_xlabel("training tokens per parameter at the split")
-        axes.set_ylabel("nats better than dense for all of T")
-        axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(directory / "maturity.png")
+    for scale in sorted({row["scale"] for row in rows}):
+        here = [row for row in rows if row["scale"] == scale]
+        curves = {curve: found for curve in CURVES if (found := _compared(here, curve))}
+        if not curves:
+            continue
+        figure = Figure(figsize=(5.0 * len(curves), 4.2), layout="constrained")
+        for axes, (curve, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            for share in sorted({share for _, share, _ in found}):
+                gains = {maturity: [rival["mean"] - ours["mean"] for ours, rival in pairs]
+                         for maturity, at, pairs in found if at == share}  # fmt: skip
+                axes.errorbar(list(gains), [mean(gain) for gain in gains.values()], marker="o", capsize=3,
+                              yerr=[stdev(gain) if len(gain) > 1 else 0 for gain in gains.values()],
+                              label=f"{share:.0%} of T for the shared components")  # fmt: skip
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_title(curve)
+            axes.set_xlabel("training tokens per parameter at the split")
+            axes.set_ylabel("nats that ours is better by")
+            axes.legend(frameon=False, fontsize="small")
+        FigureCanvasAgg(figure).print_png(directory / f"maturity-{scale}.png")

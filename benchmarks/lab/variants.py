@@ -6,7 +6,7 @@ documents of the clustered partitions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.lab import mixtures, rivals
 from benchmarks.lab.phases import Recipe, State, dense_model, expert
 from benchmarks.lab.relabel import Relabelled
-from benchmarks.lab.rows import Point, Row, modular_row, result
+from benchmarks.lab.rows import Point, Row, modular_row, result, wanted
 from benchmarks.lab.setting import TRAIN, VALIDATION
 from forge.data.packing import batches, pad
 from forge.evaluate.perplexity import measure
@@ -155,8 +155,7 @@ VARIANTS: dict[str, Variant] = {
     "a quarter general text": trained(general=0.25),
     "an eighth openings of all documents": trained(openings=0.125),
     "a quarter openings of all documents": trained(openings=0.25),
-    "shared phase annealed": placed(annealed=True),
-    "shared phase annealed, experts' rate x 0.5": placed(annealed=True, recipe=Recipe(rate=0.5)),
+    "shared phase not annealed": placed(annealed=False),
     "two volunteers a partition, averaged": two_volunteers,
     "two volunteers a partition, the better one": better_volunteer,
     "one relabelling": relabelled,
@@ -174,10 +173,10 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def measure_variants(point: Point, only: str = "") -> Iterator[dict[str, Any]]:
+def measure_variants(point: Point, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Every variant of a point whose name has `only` in it."""
     for name, change in VARIANTS.items():
-        if only in name:
+        if wanted(name, only):
             yield result(name, point, partial(_row, change=change))
 
 

@@ -35,7 +35,7 @@ from forge.data.tokens import TokenFile
 from forge.errors import storage_errors
 from forge.files import atomic_file, hash_file
 from forge.model.moe import MixtureLM
-from forge.train.loss import CHUNK_POSITIONS
+from forge.train.memory import CHUNK_POSITIONS
 from forge.vocabulary import CHUNK_BYTES, SHARED_FILE
 
 FINAL_NORM: Final = "model.norm.weight"

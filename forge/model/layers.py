@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         x, parameter, weight = ctx.saved_tensors
         if x is not None:
-            add_gradient(parameter, grads[0].flatten(0, -2), x.flatten(0, -2))
+            add_gradient(parameter, grads[0], x)
         return grads[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
@@ -142,18 +142,19 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, p1, p2, p3, w1, w2, w3 = ctx.saved_tensors
-        x_ND, gate_NF, up_NF, grad_ND = (tensor.flatten(0, -2) for tensor in (x, gate, up, grads[0]))
-        silu_NF = F.silu(gate_NF)
+        silu = F.silu(gate)
         if p2.requires_grad:
-            add_gradient(p2, grad_ND, silu_NF * up_NF)
-        grad_NF = grad_ND @ w2
-        grad_up_NF = silu_NF.mul_(grad_NF)
-        grad_gate_NF = torch.ops.aten.silu_backward(grad_NF.mul_(up_NF), gate_NF)
+            add_gradient(p2, grads[0], silu * up)
+        grad = grads[0] @ w2
+        grad_up = silu.mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
         if p1.requires_grad:
-            add_gradient(p1, grad_gate_NF, x_ND)
+            add_gradient(p1, grad_gate, x)
         if p3.requires_grad:
-            add_gradient(p3, grad_up_NF, x_ND)
-        grad_x = (grad_gate_NF @ w1).addmm_(grad_up_NF, w3).view_as(x) if ctx.needs_input_grad[0] else None
+            add_gradient(p3, grad_up, x)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_gate @ w1).flatten(0, -2).addmm_(grad_up.flatten(0, -2), w3).view_as(x)
         return grad_x, None, None, None, None, None, None
 
 
@@ -217,14 +218,19 @@ def gradient_of(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_gradient(weight: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
-    """Add grad^T x to the gradient of a weight (O, I), in the weight's type."""
+def add_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add grad^T x, summed over the positions of (..., T, O) and (..., T, I), to the gradient of a weight (O, I), in its type.
+
+    A product in a narrower type is rounded before it is added. It is made of one sequence at a time, so that the sum is the
+    same however many sequences come together: the memory plan must not decide the result.
+    """
     gradient = gradient_of(weight)
-    if grad_NO.dtype == gradient.dtype:
-        gradient.addmm_(grad_NO.T, x_NI)
+    if grad.dtype == gradient.dtype:
+        gradient.addmm_(grad.flatten(0, -2).T, x.flatten(0, -2))
         return
-    for rows in range(0, len(gradient), _GRADIENT_ROWS):  # In pieces that stay in the cache until they are added.
-        gradient[rows : rows + _GRADIENT_ROWS].add_(grad_NO[:, rows : rows + _GRADIENT_ROWS].T @ x_NI)
+    for grad_TO, x_TI in zip(grad.view(-1, *grad.shape[-2:]), x.view(-1, *x.shape[-2:]), strict=True):
+        for rows in range(0, len(gradient), _GRADIENT_ROWS):  # In pieces that stay in the cache until they are added.
+            gradient[rows : rows + _GRADIENT_ROWS].add_(grad_TO[:, rows : rows + _GRADIENT_ROWS].T @ x_TI)
 
 
 def softmax_in_place(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from forge.data.packing import SequenceSampler
 from forge.errors import TrainingError, storage_errors
 from forge.files import write_bytes
 from forge.model.lm import DenseLM
-from forge.train.loss import CHUNK_POSITIONS, chunked_cross_entropy
+from forge.train.loss import chunked_cross_entropy
 from forge.train.optim import Optimizer, learning_rate
 from forge.train.resume import load_checkpoint, save_checkpoint
 
@@ -51,8 +51,6 @@ class LoopSettings:
     """Torch device."""
     dtype: torch.dtype = torch.float32
     """Type of the matrix products."""
-    loss_rows: int = CHUNK_POSITIONS
-    """Rows of logits that exist at a time; decides memory, not the result."""
 
     @property
     def steps(self) -> int:
@@ -141,8 +139,7 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
         tokens = batch[start : start + settings.micro_batch].to(settings.device)
         inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
         hidden_BTD = model(inputs_BT)
-        loss = chunked_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(),
-                                     chunk_positions=settings.loss_rows, weight=len(tokens) / settings.batch_size)  # fmt: skip
+        loss = chunked_cross_entropy(hidden_BTD, model.head_weight, targets_BT, weight=len(tokens) / settings.batch_size)
         torch.autograd.backward(loss)
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), settings.phase.gradient_clip, foreach=False)

@@ -1,63 +1,64 @@
 """LM head and cross-entropy in chunks: the full logits never exist.
 
-Shapes: N positions, D model width, V vocabulary, C positions of a chunk.
+Shapes: T tokens of a sequence, N positions of all of them, D model width, V vocabulary, C positions of a chunk.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forge.model.layers import add_gradient, learning, softmax_in_place, working_copy
-from forge.train.memory import LOSS_ROWS
+from forge.train.memory import CHUNK_POSITIONS
 
-#: Positions whose logits exist at a time, unless the memory plan says otherwise.
-CHUNK_POSITIONS = LOSS_ROWS
 IGNORE_INDEX = -100
 #: The smallest probability that float32 and bfloat16 hold in full: no token loses more than 87 nats.
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def chunked_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, ignore_index: int = IGNORE_INDEX,
-                          chunk_positions: int = CHUNK_POSITIONS, weight: float = 1.0) -> Tensor:  # fmt: skip
+def chunked_cross_entropy(hidden: Tensor, head_VD: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX,
+                          weight: float = 1.0) -> Tensor:  # fmt: skip
     """Mean cross-entropy of `softmax(hidden @ head.T)` against `targets`, in nats, times `weight`.
 
     The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits exist: with p the softmax and
     y the one-hot target, d loss / d logits = (p - y) weight / count. That of a head that learns is added to `head.grad` at
-    once, so the loss must be differentiated as it is (hence `weight`); a frozen head gets none and costs none.
+    once, so the loss must be differentiated as it is (hence `weight`); a frozen head gets none and costs none. No chunk has
+    positions of two sequences, so that the head's gradient is rounded alike however many come together.
 
     Args:
-        hidden_ND: hidden states after the final norm; their type is that of the products.
+        hidden: hidden states after the final norm, (..., T, D); their type is that of the products.
         head_VD: weight of the LM head.
-        targets_N: token ids; positions with `ignore_index` count for nothing.
+        targets: token ids, (..., T); positions with `ignore_index` count for nothing.
         ignore_index: the target that is skipped.
-        chunk_positions: C; decides memory, not the result.
         weight: the share of a micro-batch in its batch.
 
     Returns:
         A float32 scalar; zero when every target is ignored.
     """
+    length = targets.shape[-1]
+    hidden_ND, targets_N = hidden.flatten(0, -2), targets.flatten()
     kept_N = targets_N != ignore_index
     share_N = kept_N * (weight / kept_N.sum().clamp(min=1))
     head = working_copy(head_VD, hidden_ND.dtype)
     if learning(hidden_ND, head_VD):
         loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head_VD, head, targets_N, share_N, chunk_positions)  # fmt: skip
+            hidden_ND, head_VD, head, targets_N, share_N, length)  # fmt: skip
         return loss
-    return sum((loss for _, _, loss in _chunks(hidden_ND, head, targets_N, share_N, chunk_positions)),
+    return sum((loss for _, _, loss in _chunks(hidden_ND, head, targets_N, share_N, length)),
                torch.zeros((), device=hidden_ND.device))  # fmt: skip
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, parameter: Tensor, head_VD: Tensor, targets_N: Tensor, share_N: Tensor,
-                chunk_positions: int) -> Tensor:  # fmt: skip
+                length: int) -> Tensor:  # fmt: skip
         need_hidden, ctx.need_head = ctx.needs_input_grad[:2]
         grad_ND = torch.empty_like(hidden_ND) if need_hidden else None
         total = torch.zeros((), device=hidden_ND.device)
-        for rows, grad_CV, loss in _chunks(hidden_ND, head_VD, targets_N, share_N, chunk_positions):
+        for rows, grad_CV, loss in _chunks(hidden_ND, head_VD, targets_N, share_N, length):
             total += loss
             share_C1 = share_N[rows].unsqueeze(1)
             if grad_ND is not None:
@@ -76,14 +77,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return None if grad_ND is None else grad_ND.mul_(grads[0].to(grad_ND.dtype)), None, None, None, None, None
 
 
-def _chunks(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, share_N: Tensor, chunk_positions: int) -> Any:
+def _chunks(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, share_N: Tensor, length: int) -> Any:
     """Of each chunk its rows, the gradient (C, V) of every position's own loss in its logits, and the chunk's share of the loss.
 
-    The gradients of all chunks lie in one buffer, which the next one overwrites.
+    The gradients of all chunks lie in one buffer, which the next one overwrites. Sequences are `length` positions long.
     """
-    buffer = torch.empty(min(chunk_positions, len(hidden_ND)), len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
-    for start in range(0, len(hidden_ND), chunk_positions):
-        rows = slice(start, start + chunk_positions)
+    buffer = torch.empty(min(CHUNK_POSITIONS, length), len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
+    for sequence, start in product(range(0, len(hidden_ND), length), range(0, length, CHUNK_POSITIONS)):
+        rows = slice(sequence + start, sequence + min(start + CHUNK_POSITIONS, length))
         hidden_CD = hidden_ND[rows]
         logits_CV = torch.matmul(hidden_CD, head_VD.T, out=buffer[: len(hidden_CD)])
         targets_C1 = targets_N[rows].clamp(min=0).unsqueeze(1)

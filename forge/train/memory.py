@@ -1,7 +1,7 @@
 """The memory plan: predict the peak of every process from the config alone, and choose what makes training fit `--ram`.
 
-The choices are the micro-batch, the rows of logits that exist at a time and the recomputation of activations. Gradients are
-accumulated over micro-batches, so the batch that an optimiser step sees, and with it the result, stays what the config
+The choices are the micro-batch and the recomputation of activations. Gradients are accumulated over micro-batches, one
+sequence's part after the other, so the batch that an optimiser step sees, and with it the result, stays what the config
 says. Nothing here imports torch: a node refuses before it downloads.
 
 Constants are measured (`benchmarks/memory.py` holds the predictions against real processes); everything that depends on the
@@ -42,9 +42,9 @@ _ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
 LIGHT_MB = {"coordinator": 122, "node": 82}
 #: scikit-learn, imported when a corpus is clustered, and pandas, which it imports where that is installed.
 _SKLEARN_BYTES = (144 if find_spec("pandas") else 78) * MB
-#: Rows of logits that exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB.
-LOSS_ROWS = 256
-SMALL_LOSS_ROWS = 64
+#: Positions whose logits exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB, and fewer of them would save
+#: less than what the backward pass of the first layer holds later.
+CHUNK_POSITIONS = 256
 #: Queries whose attention is computed at a time in bfloat16: fewer waste less on keys that come later, more keep products large.
 ATTENTION_BLOCK = 128
 #: The knee on a CPU, at the default size: twice as many sequences gain 2 % in bfloat16 and nothing in float32, for a quarter more
@@ -77,8 +77,6 @@ class Plan:
     """Sequences of one forward and backward pass."""
     recompute: bool = False
     """Whether the backward pass computes activations again instead of keeping them."""
-    loss_rows: int = LOSS_ROWS
-    """Rows of logits that exist at a time."""
 
     @property
     def peak_bytes(self) -> int:
@@ -87,20 +85,20 @@ class Plan:
 
 
 def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bool = False,
-            loss_rows: int = LOSS_ROWS, products: Products | None = None) -> Plan:  # fmt: skip
-    """Predict the peak of `stage`; the last four arguments matter to training only.
+            products: Products | None = None) -> Plan:  # fmt: skip
+    """Predict the peak of `stage`; the last three arguments matter to training only.
 
     `products` is the type of its matrix products, by default that of this machine's CPU.
     """
     training = stage in TRAINING
     product = 2 if (products or cpu_products()) == "bfloat16" else _FLOAT
-    parts = (_training(config, stage == "shared", micro_batch, recompute, loss_rows, product) if training
+    parts = (_training(config, stage == "shared", micro_batch, recompute, product) if training
              else _OTHERS[stage](config))  # fmt: skip
     allocator = _ALLOCATOR_SHARE * sum(parts.values())
     if training:
         allocator += _HOLES_SHARE * (parts["activations"] + parts["loss"])
     parts = {"runtime": RUNTIME_MB[stage] * MB} | parts | {"allocator": round(allocator)}
-    return Plan(stage, parts, micro_batch, recompute, loss_rows) if training else Plan(stage, parts)
+    return Plan(stage, parts, micro_batch, recompute) if training else Plan(stage, parts)
 
 
 def process_bytes(config: RunConfig, process: str) -> int:
@@ -131,7 +129,7 @@ def candidates(config: RunConfig, stage: Stage, products: Products | None = None
     batch_size = config.batch_size(stage)
     for micro_batch in (m for m in range(min(LARGEST_MICRO_BATCH, batch_size), 0, -1) if batch_size % m == 0):
         yield predict(config, stage, micro_batch, products=products)
-    yield predict(config, stage, 1, recompute=True, loss_rows=SMALL_LOSS_ROWS, products=products)
+    yield predict(config, stage, 1, recompute=True, products=products)
 
 
 def report(config: RunConfig, plan: Plan, products: Products) -> dict[str, int | bool]:
@@ -163,8 +161,7 @@ _STAGE_NAMES = {"shared": "Training the shared components", "expert": "Training 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool, loss_rows: int,
-              product: int) -> dict[str, int]:  # fmt: skip
+def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool, product: int) -> dict[str, int]:
     """The parts of a training process whose matrix products take numbers of `product` bytes."""
     model = config.model
     phase = config.phase("shared" if shared else "expert")
@@ -181,7 +178,7 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
     kept += stream + 2 * model.d_model * product  # The final norm's input and output, and the loss's gradient of it.
     # Beside the activations come either the logits or what the first layer of the backward pass computes, with the part of
     # a weight's gradient that is widened before it is added.
-    logits = min(loss_rows, positions) * model.vocab_size * product
+    logits = min(CHUNK_POSITIONS, model.max_seq_len) * model.vocab_size * product
     backward = positions * (3 * model.ffn_width * product + 2 * stream)
     backward += _largest_matrix(model) * (_FLOAT + product) if product != _FLOAT else 0
     matrices = model.dense_parameters - model.norm_parameters
@@ -319,7 +316,7 @@ def _mixture_weights(model: ModelConfig) -> dict[str, int]:
 
 def _forward(model: ModelConfig, positions: int) -> dict[str, int]:
     positions = max(positions, model.max_seq_len)
-    logits = min(LOSS_ROWS, positions) * model.vocab_size * _FLOAT
+    logits = min(CHUNK_POSITIONS, positions) * model.vocab_size * _FLOAT
     return {"activations": max(_layer_bytes(model, positions), logits + positions * model.d_model * _FLOAT)}
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from forge.train.loss import CHUNK_POSITIONS, IGNORE_INDEX, chunked_cross_entropy
+from forge.train.loss import IGNORE_INDEX, chunked_cross_entropy
+from forge.train.memory import CHUNK_POSITIONS
 
 
 def _case(positions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -106,11 +106,9 @@ class RandomSampler:
 
 
 @pytest.mark.parametrize("stage", ["shared", "expert"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3)])
-def test_the_budget_does_not_change_the_loss_curve(
-    tmp_path: Path, stage: Stage, dtype: torch.dtype, tolerance: float
-) -> None:
-    """In bfloat16 a micro-batch's part of a gradient is rounded before it is added, so there the curves differ a little."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_budget_does_not_change_the_loss_curve(tmp_path: Path, stage: Stage, dtype: torch.dtype) -> None:
+    """Tied embeddings have two gradients, which are added in another order; bfloat16 makes the last bit of that visible."""
     config = load_config("smoke", ["model.d_model=64", "model.d_ff=128", "model.n_layers=2", "model.vocab_size=512",
                                    "model.max_seq_len=96", "train.batch_size=4"])  # fmt: skip
     smallest = min(option.peak_bytes for option in candidates(config, stage))
@@ -127,13 +125,13 @@ def test_the_budget_does_not_change_the_loss_curve(
         directory = tmp_path / str(ram)
         train(model, RandomSampler(config), LoopSettings(  # type: ignore[arg-type]
             phase=phase, batch_size=4, sequence_length=96, micro_batch=chosen.micro_batch, directory=directory,
-            checkpoint_seconds=1e9, stage=stage, loss_rows=chosen.loss_rows, dtype=dtype),
+            checkpoint_seconds=1e9, stage=stage, dtype=dtype),
             lambda **_: None, lambda: False)  # fmt: skip
         curves.append([json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()])
-        settings = (chosen.micro_batch, chosen.recompute, chosen.loss_rows)
-        assert settings == ((1, True, 64) if ram == smallest else (2, False, 256))
+        settings = (chosen.micro_batch, chosen.recompute)
+        assert settings == ((1, True) if ram == smallest else (2, False))
     assert len(curves[0]) == 50 and curves[0][-1] < curves[0][0] - 0.05
-    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-3 if (stage, dtype) == ("shared", torch.bfloat16) else 1e-4)
 
 
 def test_the_printed_plan_marks_the_chosen_plan_and_what_does_not_fit() -> None:
