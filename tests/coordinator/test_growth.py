@@ -34,7 +34,8 @@ def held(thing: Any, seen: set[int]) -> int:
 
 def one_run(world: World, number: int) -> None:
     """A new node trains everything, and is then revoked with all of it."""
-    node = world.node(f"node {number}")
+    node, coordinator = world.node(f"node {number}"), world.coordinator
+    assert coordinator is not None
     for _ in range(3):
         work = until(lambda: node.ask().assignment if node.ask().HasField("assignment") else None)
         shard = make_shard(world.run, work.expert.partition, seed=number)
@@ -42,10 +43,10 @@ def one_run(world: World, number: int) -> None:
         node.hand_in(work, shard, world.run_id)
         node.verdict(work, shard, world.run_id)
     assert until(lambda: node.ask().HasField("done"))
-    until(lambda: world.coordinator is not None and world.coordinator._assembler.done)
+    until(lambda: coordinator._assembler.done)
     revoke_node(world.root, node.name, drop_shards=True)
-    until(lambda: world.coordinator is not None and not world.coordinator._assembler.done)
-    world.coordinator.snapshot()
+    until(lambda: not coordinator._assembler.done)
+    coordinator.snapshot()
 
 
 @pytest.mark.slow
