@@ -87,7 +87,7 @@ class Uploads:
         self._directory = store.directory / "incoming"
         self._lock = threading.Lock()
         self._open: dict[str, _Upload] = {}
-        self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploads
+        self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploads, until that is finished
 
     def open(self, lease: LeaseRecord, sha256: str, size: int, checkpoint: bool = False) -> int:
         """Announce an upload; the offset to go on from, equal to `size` when nothing is missing.
@@ -233,6 +233,7 @@ class Uploads:
             _sync_directory(self.store.directory)
         with self._lock:
             self._open.pop(sha256, None)
+            self._of_lease = {lease: held for lease, held in self._of_lease.items() if held[1] != sha256}
         return upload.size
 
     def _held(self, sha256: str) -> int:

@@ -32,16 +32,20 @@ def choose(session: Session, node_id: str, preferred: Sequence[int]) -> int | No
 def behind(session: Session, now: float) -> list[int]:
     """The partitions that a node which begins now would probably finish before their holder does, the latest of them first.
 
-    A holder is behind when the rest takes it longer, at the pace that its heartbeats tell, than an accepted shard took
-    in the median; or when it has had the lease for `OVERDUE` times as long.
+    A holder is behind when the rest takes it longer, at the pace that its heartbeats tell, than a usual expert takes; or when it
+    has had the lease for `OVERDUE` times as long. The usual expert is the median of those that were accepted and of those that
+    are on their way, at their pace: the first to be accepted are the fastest, and a node that begins now is not.
     """
     took = select(Shard.received_at - Lease.granted_at).join(Lease, Lease.id == Shard.lease_id)
     # An expert that was adopted took no time that is known.
     times = session.scalars(took.where(Shard.verdict == "accepted", Shard.received_at > Lease.granted_at)).all()
-    usual = median(times) if times else math.inf
+    if not times:
+        return []
     rows = session.execute(select(Lease.partition, Lease.active_partition, Lease.granted_at, Lease.progress)
                            .join(Partition, Partition.id == Lease.partition)
                            .where(Lease.ended.is_(None), Partition.state == "leased")).all()  # fmt: skip
+    on_their_way = [_whole(row.progress, now - row.granted_at) for row in rows]
+    usual = median([*times, *(seconds for seconds in on_their_way if seconds is not None)])
     backed_up = {row.partition for row in rows if row.active_partition is None}
     late = {row.partition: _remaining(row.progress, now - row.granted_at, usual) for row in rows}
     return sorted((partition for partition in late.keys() - backed_up if late[partition] > usual),
@@ -60,11 +64,17 @@ def _rejections(session: Session, node_id: str) -> dict[int, int]:
     return {partition: times for partition, times in session.execute(rejected.group_by(Lease.partition))}
 
 
+def _whole(progress: dict[str, Any], elapsed: float) -> float | None:
+    """Seconds that an expert takes in all at the pace that its node reports; None before it has one."""
+    step, steps = progress.get("step", 0), progress.get("steps", 0)
+    if progress.get("activity") not in (TRAINING, "paused") or not 0 < step <= steps:
+        return None
+    return float(elapsed * steps / step)
+
+
 def _remaining(progress: dict[str, Any], elapsed: float, usual: float) -> float:
     """Seconds until a node is done at the pace that it reports; for ever when it has had far too long."""
-    step, steps = progress.get("step", 0), progress.get("steps", 0)
     if elapsed > OVERDUE * usual:
         return math.inf
-    if progress.get("activity") not in (TRAINING, "paused") or not 0 < step <= steps:
-        return elapsed  # It has not begun, as far as anybody knows.
-    return float(elapsed * (steps - step) / step)
+    whole = _whole(progress, elapsed)
+    return elapsed if whole is None else whole - elapsed  # It has not begun, as far as anybody knows.

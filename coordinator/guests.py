@@ -31,12 +31,12 @@ class Guests:
     """Invitations and nodes. Every method is one transaction and may be called from any thread.
 
     Args:
-        location: SQLite file or SQLAlchemy URL.
+        location: SQLite file, SQLAlchemy URL, or a database that is open.
         clock: seconds since the epoch.
     """
 
-    def __init__(self, location: Path | str, clock: Callable[[], float] = time.time) -> None:
-        self._database = Database(location)
+    def __init__(self, location: Path | str | Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = location if isinstance(location, Database) else Database(location)
         self._clock = clock
 
     def close(self) -> None:

@@ -153,6 +153,7 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
     if counts.complete:
         desk.told_done[node.id] = time.monotonic()
         return Done(reason=f"all {counts.total} experts are accepted")
+    desk.told_done.clear()  # Something is left again: a node was revoked with its shards.
     now = desk.activity.snapshot()
     if now.phase != "experts":
         return Wait(reason=f"the coordinator is {now.sentence}", retry_seconds=now.retry_seconds)

@@ -89,8 +89,9 @@ class Ledger(Guests):
             shards = {shard.slot: shard for shard in session.execute(columns)}
             held = select(Lease.active_partition, Lease.node_id, Lease.progress).where(Lease.active_partition.is_not(None))
             leases = {lease.active_partition: lease for lease in session.execute(held)}
-            workers = {shard.node_id for shard in shards.values()} | {lease.node_id for lease in leases.values()}
-            names = {row.id: row.name for row in session.execute(
+            workers = select(Shard.node_id).where(Shard.slot.is_not(None)).union(
+                select(Lease.node_id).where(Lease.active_partition.is_not(None)))  # fmt: skip
+            names = {node_id: name for node_id, name in session.execute(
                 select(Node.id, Node.name).where(Node.id.in_(workers)))}  # fmt: skip
             return [_view(row, shards.get(row.id), leases.get(row.id), names)
                     for row in session.execute(select(*Partition.__table__.columns).order_by(Partition.id))]  # fmt: skip
@@ -109,16 +110,20 @@ class Ledger(Guests):
     def nodes(self, newest: int | None = None) -> list[NodeRecord]:
         """Every node with how many of its shards were accepted and rejected, or those heard of last."""
         with self._database.reading() as session:
-            good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted").group_by(Shard.node_id)
-            bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected").group_by(Lease.node_id)
-            accepted = {node_id: shards for node_id, shards in session.execute(good)}
-            rejected = {node_id: shards for node_id, shards in session.execute(bad)}
-            came = {row.node_id: row.invitation for row in session.scalars(select(Admission))}
-            revoked = set(session.scalars(select(Revocation.node_id)))
-            order = (Node.joined_at,) if newest is None else (Node.seen_at.desc(),)
+            order = Node.joined_at if newest is None else Node.seen_at.desc()
+            listed = select(Node).order_by(order, Node.id).limit(newest)
+            # The others are not even looked at; and not by a list of ids: each length would be a statement that SQLite keeps.
+            ids = listed.with_only_columns(Node.id)
+            good = select(Shard.node_id, func.count()).where(Shard.verdict == "accepted", Shard.node_id.in_(ids))
+            bad = select(Lease.node_id, func.count()).where(Lease.ended == "rejected", Lease.node_id.in_(ids))
+            accepted = {node_id: shards for node_id, shards in session.execute(good.group_by(Shard.node_id))}
+            rejected = {node_id: shards for node_id, shards in session.execute(bad.group_by(Lease.node_id))}
+            admissions = select(Admission.node_id, Admission.invitation).where(Admission.node_id.in_(ids))
+            came = {node_id: invitation for node_id, invitation in session.execute(admissions)}
+            revoked = set(session.scalars(select(Revocation.node_id).where(Revocation.node_id.in_(ids))))
             return [node_record(node, accepted=accepted.get(node.id, 0), rejected=rejected.get(node.id, 0),
                                 invitation=came.get(node.id, ""), revoked=node.id in revoked)
-                    for node in session.scalars(select(Node).order_by(*order, Node.id).limit(newest))]  # fmt: skip
+                    for node in session.scalars(listed)]  # fmt: skip
 
 
 def _record(shard: Shard, node: Node) -> ShardRecord:

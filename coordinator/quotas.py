@@ -55,7 +55,8 @@ class Quotas:
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted
+        self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted; who is not in it has all
+        self._looked_at = clock()
         self._flying: dict[str, int] = {}
         self._transfers = 0
 
@@ -70,9 +71,17 @@ class Quotas:
             left, then = self._buckets.get(node_id, (limits.burst, now))
             left = min(limits.burst, left + (now - then) * limits.calls_per_second)
             self._buckets[node_id] = (left - 1 if left >= 1 else left, now)
+            self._forget_full(now)
         if left < 1:
             raise QuotaError(f"This node makes more than {limits.calls_per_second:,.0f} calls a second.",
                              max(1.0, (1 - left) / limits.calls_per_second))  # fmt: skip
+
+    def _forget_full(self, now: float) -> None:
+        """Nodes come and go for weeks: who has been quiet for so long that the bucket is full again needs none."""
+        full = self._limits.burst / self._limits.calls_per_second
+        if now - self._looked_at > full:
+            self._looked_at = now
+            self._buckets = {node: held for node, held in self._buckets.items() if now - held[1] < full}
 
     @contextmanager
     def transfer(self, node_id: str, size: int) -> Iterator[None]:

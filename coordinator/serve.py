@@ -68,7 +68,8 @@ CALL_GRACE_SECONDS = 1.0
 FAREWELL_SECONDS = 20.0
 #: Seconds after an answer in which a node that did not get it has asked again.
 ANSWER_SECONDS = 2.0
-#: A node that was seen within so many seconds is still waited for: it may not have found its way back after a restart.
+#: A node that was seen within so many seconds, or within as many before the coordinator was killed, is still waited for: it may
+#: not have found its way back.
 LATELY_SECONDS = 60.0
 #: How long the invitation is good that is printed at the start.
 INVITED_FOR = "7d"
@@ -172,6 +173,7 @@ class Coordinator:
         self._dashboard, self._ram_bytes, self._announce, self._invite = dashboard, ram_bytes, announce, invite
         self._watched = watched
         self._stop_asked = threading.Event()
+        self._awaited: set[str] = set()
         self._cleanup = ExitStack()
         self.address = ""
 
@@ -208,6 +210,8 @@ class Coordinator:
             self.address = f"{host}:{bound}"
             self._offer(server)
             addresses = invitation_addresses(host, bound)
+            if (run.root / INFO_FILE).exists():  # Who wrote it was killed, however long ago: its nodes look for this one.
+                self._awaited = self._nodes_since(max((node.seen_at for node in self._desk.state.nodes()), default=0.0))
             write_json(run.root / INFO_FILE, {
                 "address": self.address, "addresses": addresses, "pid": os.getpid(),
                 "encrypted": not self._insecure, **({} if page is None else {"dashboard": page.url})})  # fmt: skip
@@ -325,12 +329,16 @@ class Coordinator:
         """Stay until every node that was here lately has heard that nothing is left to do."""
         deadline = time.monotonic() + FAREWELL_SECONDS
         while time.monotonic() < deadline and not self._stop_asked.wait(0.2):
-            lately = self._clock() - LATELY_SECONDS
-            present = {node.id for node in self._desk.state.nodes() if node.seen_at >= lately and node.public_key}
+            present = self._awaited | self._nodes_since(self._clock())
             told = self._desk.told_done
             # An answer can be lost on its way: who did not get it asks again at once.
             if all(node in told and time.monotonic() - told[node] > ANSWER_SECONDS for node in present):
                 return
+
+    def _nodes_since(self, moment: float) -> set[str]:
+        """The nodes that were heard of not long before a moment, or after it."""
+        nodes = self._desk.state.nodes()
+        return {node.id for node in nodes if node.seen_at >= moment - LATELY_SECONDS and node.public_key and not node.revoked}
 
     def _end_work(self) -> None:
         self._work.stopping.set()

@@ -21,6 +21,7 @@ import math
 import random
 from statistics import fmean
 
+from coordinator.database import Scratch
 from coordinator.records import TRAINING, CheckpointRecord, LeaseRecord
 from coordinator.state import State
 
@@ -90,7 +91,7 @@ class Simulation:
         self._of, self._random, self._now = scenario, random.Random(scenario.seed), 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._state = State("sqlite://", lease_seconds=scenario.lease_hours, clock=lambda: self._now)
+        self._state = State(Scratch(), lease_seconds=scenario.lease_hours, clock=lambda: self._now)
         self._state.open_partitions([{"partition": k, "tokens": 1} for k in range(scenario.experts)])
         self._nodes: list[_Node] = []
         self._waiting: list[_Node] = []

@@ -32,6 +32,7 @@ accepted shard a partition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import math
 from pathlib import Path
 import time
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import handovers
 from coordinator.choice import behind, choose, first_for
+from coordinator.database import Database
 from coordinator.handovers import Handovers
 from coordinator.records import CheckpointRecord, Counts, LeaseRecord, LocalExpert, Receipt, Verdict
 from coordinator.tables import Evaluation, Lease, Node, Partition, Revocation, Shard
@@ -63,7 +65,7 @@ class State(Handovers):
     """The coordinator's memory. Every method is one transaction and may be called from any thread.
 
     Args:
-        location: SQLite file or SQLAlchemy URL.
+        location: SQLite file, SQLAlchemy URL, or a database that is open.
         lease_seconds: how long a lease lives without a heartbeat.
         clock: seconds since the epoch.
 
@@ -71,12 +73,12 @@ class State(Handovers):
         StorageError: from every method, when the database cannot be used.
     """
 
-    def __init__(self, location: Path | str, *, lease_seconds: float, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, location: Path | str | Database, *, lease_seconds: float, clock: Callable[[], float] = time.time) -> None:
         super().__init__(location, clock)
         self._lease_seconds = lease_seconds
         #: Set to hand out no more leases and to ask nodes to stop at their next checkpoint.
         self.draining = False
-        self._nobody_behind_until = 0.0
+        self._nobody_behind_until = self._none_expires_until = 0.0
 
     # --- partitions and leases --------------------------------------------------------------------------------------
 
@@ -281,10 +283,14 @@ class State(Handovers):
     # --- steps of the rules -----------------------------------------------------------------------------------------
 
     def _expire(self, session: Session, now: float) -> None:
-        """Rule E."""
+        """Rule E. An expiry only ever moves on, so that nobody has to look before the first of them is due."""
+        if now <= self._none_expires_until:
+            return
         overdue = select(Lease).where(Lease.ended.is_(None), Lease.expires_at < now)
         for lease in session.scalars(overdue).all():
             _end(session, lease, "expired")
+        first = session.scalar(select(func.min(Lease.expires_at)).where(Lease.ended.is_(None)))
+        self._none_expires_until = min(now + self._lease_seconds, math.inf if first is None else first)
 
     def _refuse(self, session: Session, shard: Shard, reasons: Sequence[str], *, judged: bool) -> None:
         shard.verdict, shard.judged, shard.decided_at = "rejected", judged, self._clock()

@@ -175,7 +175,8 @@ class Cache:
         self.prune()
 
     def prune(self) -> None:
-        """Delete runs long forgotten, and blobs that no work of any run needs."""
+        """Delete runs long forgotten, what a killed agent left half-written, and blobs that no work of any run needs."""
+        remove_temporaries(self._run)
         for run in self._runs.glob("*"):
             if run != self._run and self._clock() - _last_change(run) > FORGET_SECONDS:
                 shutil.rmtree(run, ignore_errors=True)

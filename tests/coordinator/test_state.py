@@ -294,6 +294,16 @@ def test_whoever_is_nearly_done_is_not_backed_up(state: State, clock: Clock) -> 
         straggle(state, clock, step=90)
 
 
+def test_the_first_to_be_accepted_is_no_measure_for_the_others(state: State, clock: Clock) -> None:
+    leases = {node: granted(state, node) for node in "abc"}
+    clock.now += 30
+    submit(state, leases["a"], "x")
+    state.accept(pending_id(state), loss=None, shared_loss=None)
+    for node in "bc":  # They will need 75 seconds, and 45 more: longer than a took, but not longer than a node that begins now.
+        state.heartbeat(leases[node].id, node, {"activity": "training", "step": 40, "steps": 100})
+    assert state.grant("d") is None
+
+
 def test_a_node_that_never_gets_there_is_backed_up_whatever_it_says(state: State, clock: Clock) -> None:
     with pytest.raises(AssertionError):
         straggle(state, clock, step=99)

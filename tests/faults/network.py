@@ -22,16 +22,19 @@ import threading
 import time
 
 from forge.vocabulary import CHUNK_BYTES
-from tests.faults.sweep import Outcome, check_end, follow, free_address, prepare
+from tests.faults.sweep import Outcome, check_end, follow, free_address, hand_over, prepare
 from tests.faults.work import choose_size
 
 #: Bytes of a shard of twelve chunks (its header is some hundreds more), and of the three of a run.
 SHARD = 12 * CHUNK_BYTES
 UPLOADED = 3 * SHARD
-#: Pieces that are on their way at a time: of 16 KiB, enough for 6 MB/s at 0.3 s.
-IN_FLIGHT = 128
+#: Pieces of 16 KiB that are on their way at a time: on a line with a delay enough for 6 MB/s at 0.3 s, on a short one a few. What
+#: is on its way when a line is cut is lost, whatever the two ends do.
+IN_FLIGHT, IN_FLIGHT_SHORT = 128, 4
 #: Seconds that TCP waits before it sends a lost packet again, about (RFC 6298: at least 0.2 on Linux).
 RETRANSMISSION = 0.3
+#: Every call that a node makes.
+CALLS = ["Commit", "FetchBlob", "Heartbeat", "Join", "Lease", "OpenUpload", "Release", "Upload"]
 
 
 @dataclass
@@ -53,26 +56,37 @@ class Line:
     """Bytes from the node, since the start, at which every connection is cut."""
     stalls: list[int] = field(default_factory=list)
     """Bytes from the node at which its connection falls silent for good without being closed."""
+    port: int = 0
+    """Where the node finds it; 0 takes a free one."""
     upwards: int = 0
     faults: int = 0
 
     def __post_init__(self) -> None:
         self._lock, self._open = threading.Lock(), list[socket.socket]()
+        self._sockets, self._threads = list[socket.socket](), list[threading.Thread]()
         self._random = random.Random(0)
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server(("127.0.0.1", self.port))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._begin(self._accept)
+
+    def _begin(self, task: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=task, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def close(self) -> None:
         """Stop relaying."""
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self._cut()
+        self._cut(self._sockets)
+        for thread in self._threads:
+            thread.join(10.0)
+        for connection in self._sockets:
+            connection.close()
 
-    def _cut(self) -> None:
+    def _cut(self, connections: list[socket.socket]) -> None:
         with self._lock:
-            for connection in self._open:
+            for connection in connections:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             self._open.clear()
@@ -82,21 +96,23 @@ class Line:
         while True:
             try:
                 client, _ = self._server.accept()
-                target = socket.create_connection((host, int(port)))
             except OSError:
-                if self._server.fileno() < 0:
-                    return
+                return
+            try:
+                target = socket.create_connection((host, int(port)))
+            except OSError:  # The coordinator does not listen yet.
                 client.close()
                 continue
             with self._lock:
                 self._open += [client, target]
+                self._sockets += [client, target]
             for source, sink, up in ((client, target, True), (target, client, False)):
-                threading.Thread(target=self._relay, args=(source, sink, up), daemon=True).start()
+                self._begin(self._relay, source, sink, up)
 
     def _relay(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
         """Take pieces as they come and have them delivered when they are due."""
-        pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(IN_FLIGHT)
-        threading.Thread(target=self._deliver, args=(pieces, sink), daemon=True).start()
+        pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(IN_FLIGHT if self.delay else IN_FLIGHT_SHORT)
+        self._begin(self._deliver, pieces, sink)
         with suppress(OSError):
             while data := source.recv(16 << 10):
                 if up and self._fault(len(data), source):
@@ -132,7 +148,7 @@ class Line:
                 plan.pop(0)
                 self.faults += 1
         if due and due[0] is self.cuts:
-            self._cut()
+            self._cut(self._open)
         while due and due[0] is self.stalls and source.fileno() >= 0:
             if not source.recv(16 << 10):  # swallowed until the node gives up
                 break
@@ -149,8 +165,16 @@ def line(target: str, **faults: object) -> Iterator[Line]:
         laid.close()
 
 
-def through_a_line(large: bool = True, patience: float = 900.0, **faults: object) -> tuple[Outcome, int, str]:
-    """A whole run behind a line: its outcome, the faults that happened, and a remark."""
+def through_a_line(large: bool = True, patience: float = 900.0, chunks: float = 1.0,
+                   **faults: object) -> tuple[Outcome, int, str]:  # fmt: skip
+    """A whole run behind a line: its outcome, the faults that happened, and a remark.
+
+    Args:
+        large: whether the shards have twelve chunks.
+        patience: seconds for it.
+        chunks: that may be sent twice for a cut, on the average.
+        faults: as of `Line`.
+    """
     outcome = Outcome("", "")
     with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LARGE="1" if large else None):
         root, listen = Path(name), free_address()
@@ -160,7 +184,7 @@ def through_a_line(large: bool = True, patience: float = 900.0, **faults: object
             if not outcome.wrong:
                 check_end(root, outcome)
             twice = laid.upwards - UPLOADED
-            if "cuts" in faults and twice > (laid.faults + 1) * CHUNK_BYTES:
+            if "cuts" in faults and twice > (laid.faults + 1) * chunks * CHUNK_BYTES:
                 outcome.wrong.append(f"{twice:,} bytes were sent twice in {laid.faults} cuts")
             share = f", {twice / laid.faults / CHUNK_BYTES:.2f} of a chunk a cut" if "cuts" in faults and laid.faults else ""
             remark = f"{twice / 2**20:.2f} MiB beside the shards{share}" if large else ""
@@ -168,16 +192,19 @@ def through_a_line(large: bool = True, patience: float = 900.0, **faults: object
 
 
 def lost_replies() -> tuple[Outcome, int, str]:
-    """Every call is carried out, and every second time its reply does not arrive."""
-    outcome = Outcome("", "")
+    """Every call is carried out, and every second time its reply does not arrive; one node hands over, another one goes on."""
+    outcome = Outcome("", "", leaves=True)
     with tempfile.TemporaryDirectory() as name, _environment(FAULTS_LOSE="1"):
         root, listen = Path(name), free_address()
-        prepare(root, listen, [listen])
-        follow(root, outcome, 300.0)
+        prepare(root, listen, [listen], uses=2)
+        hand_over(root, outcome)
         if not outcome.wrong:
-            check_end(root, outcome)
+            check_end(root, outcome, nodes=2)
         lost = [point for point in (root / "coordinator.log").read_text().splitlines() if "loses its reply" in point]
-        return outcome, len(lost), ", ".join(sorted({point.split()[0] for point in lost}))
+        calls = sorted({point.split()[0] for point in lost})
+        if calls != CALLS:
+            outcome.wrong.append(f"replies were lost of {', '.join(calls)} only")
+        return outcome, len(lost), ", ".join(calls)
 
 
 def another_address() -> tuple[Outcome, int, str]:

@@ -3,13 +3,14 @@
 Nothing in the product knows of them. What changes the state of files, database and connections goes through a few functions
 of the standard library, SQLAlchemy and gRPC; `install` puts a point before and after each of their calls. A point's name
 says what is about to happen or has happened, to which file, and for the how-manieth time: `after replace model/router.safetensors
-1`. A process that is told a point kills itself there with SIGKILL.
+1`. A process that is told a point kills itself there with SIGKILL, or finds its disk full there, once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+import errno
 import os
 from pathlib import Path
 import re
@@ -30,19 +31,22 @@ BY_THE_CLOCK = frozenset({"Heartbeat"})
 _lock = threading.RLock()
 _transaction = threading.local()
 _counts: Counter[str] = Counter()
-_root, _log, _deadly = "", -1, ""
+_root, _log, _deadly, _full = "", -1, "", False
+#: Stands in the log where a disk was full.
+FULL = "the disk is full"
 
 
-def install(root: Path, log: Path, deadly: str) -> None:
+def install(root: Path, log: Path, deadly: str, full: bool = False) -> None:
     """Put points around every change of state of this process.
 
     Args:
         root: paths below it are named relative to it, others are no points.
         log: gets the name of every point that was passed, a line each.
         deadly: the point at which to die; empty for none.
+        full: whether the disk is full there instead.
     """
-    global _root, _log, _deadly
-    _root, _deadly = str(root.resolve()), deadly
+    global _root, _log, _deadly, _full
+    _root, _deadly, _full = str(root.resolve()), deadly, full
     _log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for name in CALLS:
         setattr(os, name, _around_file(name, getattr(os, name)))
@@ -57,6 +61,9 @@ def passed(name: str) -> None:
         _counts[name] += 1
         point = f"{name} {_counts[name]}"
         os.write(_log, f"{point}\n".encode())
+        if point == _deadly and _full:
+            os.write(_log, f"{FULL}\n".encode())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         if point == _deadly:
             os.kill(os.getpid(), signal.SIGKILL)
 

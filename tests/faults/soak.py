@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import closing, suppress
+import ctypes
 from dataclasses import dataclass
+import json
 import os
 from pathlib import Path
 import shutil
@@ -22,6 +24,7 @@ from statistics import median
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 
@@ -30,7 +33,7 @@ import psutil
 from coordinator.invite import create_token, revoke_node
 from coordinator.serve import Coordinator
 from forge.errors import StorageError, report_errors
-from forge.files import RunDirectory, read_json
+from forge.files import RunDirectory, read_json, write_bytes
 from forge.invitation import Invitation
 from node.cli import run_node
 from node.link import Link
@@ -41,8 +44,14 @@ from tests.faults.sweep import ROOT, free_address
 from tests.faults.work import INVITATION_FILE, LISTEN_FILE, ChainedJob
 
 SAMPLE_SECONDS, KILL_SECONDS = 2.0, 30.0
-#: What the last fifth of the time may have more than the second: of memory a share and some bytes, and of the rest a number.
-GROWTH, GROWTH_BYTES, GROWTH_HANDLES = 0.02, 4 << 20, 2
+#: Where a process writes down what of its memory is in use.
+HEAP_FILE = "{role}.heap"
+#: A file of this suffix beside it has the process give back what it does not use.
+TRIM = ".trim"
+#: What the last fifth of the time may have more than the second: a share, and so much.
+GROWTH, SLACK = 0.02, {"resident": 4 << 20, "in_use": 1 << 20, "blocks": 5_000, "handles": 2, "threads": 2}
+LASTING = ("coordinator", "node")
+NAMES = {"resident": "resident, MiB", "in_use": "in use, MiB", "blocks": "Python's blocks"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,31 @@ class Sample:
     """A process at one moment."""
 
     resident: int
+    in_use: int
+    """Bytes that were asked of the C library and not given back. What is resident beyond it was given back, and is kept by it."""
+    blocks: int
+    """Of memory that Python holds."""
     handles: int
     threads: int
+
+
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "free_chunks", "fast_chunks", "mapped_regions", "mapped", "unused",
+                                                     "fast", "in_use", "free", "top")]  # fmt: skip
+
+
+def note_heap(path: Path) -> None:
+    """Write down for good what this process has in use, every `SAMPLE_SECONDS`."""
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = _Heap
+    while True:
+        if path.with_suffix(TRIM).exists():
+            library.malloc_trim(0)
+        heap = library.mallinfo2()
+        write_bytes(path, json.dumps([heap.in_use + heap.mapped, sys.getallocatedblocks()]).encode())
+        time.sleep(SAMPLE_SECONDS)
 
 
 def coordinate(root: Path) -> None:
@@ -66,7 +98,7 @@ def work(root: Path, name: str) -> None:
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
     for number in range(sys.maxsize):
         data_dir, called = root / name, f"{name}-{number}-{os.getpid()}"
-        preferences = load_preferences(None, data_dir, {"ram": "2G", "threads": 1, "device": "cpu", "name": called})
+        preferences = load_preferences(None, data_dir, {"ram": "2G", "threads": 1, "device": "cpu", "nice": 0, "name": called})
         code = run_node(Link(None, data_dir=data_dir, invitation=invitation), preferences, data_dir, False,
                         lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
         if code:
@@ -75,16 +107,17 @@ def work(root: Path, name: str) -> None:
         shutil.rmtree(data_dir)
 
 
-def sample(process: subprocess.Popen[bytes]) -> Sample:
+def sample(process: subprocess.Popen[bytes], heap: Path) -> Sample:
     """The process now."""
     seen = psutil.Process(process.pid)
+    in_use, blocks = json.loads(heap.read_text()) if heap.is_file() else (0, 0)
     with seen.oneshot():
         handles = seen.num_fds() if os.name == "posix" else seen.num_handles()  # type: ignore[attr-defined,unused-ignore]
-        return Sample(seen.memory_info().rss, handles, seen.num_threads())
+        return Sample(seen.memory_info().rss, in_use, blocks, handles, seen.num_threads())
 
 
 def soak(root: Path, seconds: float) -> Iterator[dict[str, Sample]]:
-    """Samples of the coordinator and of the node that is not killed."""
+    """Samples of the coordinator and of the node that is not killed; the last one after both gave back what they do not use."""
     address = free_address()
     (root / LISTEN_FILE).write_text(address)
     text, _ = create_token(root / "run", uses=100_000, expires="7d", name="", addresses=[address])
@@ -109,7 +142,11 @@ def soak(root: Path, seconds: float) -> Iterator[dict[str, Sample]]:
             with suppress(OSError, StorageError):  # Not yet.
                 page = read_json(root / "run" / "coordinator.json")["dashboard"]
                 urllib.request.urlopen(f"{page.rstrip('/')}/metrics", timeout=10).read()
-            yield {role: sample(running[role]) for role in ("coordinator", "node")}
+            yield {role: sample(running[role], root / HEAP_FILE.format(role=role)) for role in LASTING}
+        for role in LASTING:
+            (root / HEAP_FILE.format(role=role)).with_suffix(TRIM).touch()
+        time.sleep(2 * SAMPLE_SECONDS)
+        yield {role: sample(running[role], root / HEAP_FILE.format(role=role)) for role in LASTING}
     finally:
         for process in running.values():
             process.kill()
@@ -136,11 +173,11 @@ def report(samples: list[dict[str, Sample]]) -> tuple[str, list[str]]:
     fifths = [samples[len(samples) * k // 5 : len(samples) * (k + 1) // 5] for k in range(5)]
     lines, grew = ["| process | | 1st fifth | 2nd | 3rd | 4th | 5th |", "|---|---|---|---|---|---|---|"], []
     for role in samples[0]:
-        for what, unit in (("resident", 1 << 20), ("handles", 1), ("threads", 1)):
+        for what, unit in (("resident", 1 << 20), ("in_use", 1 << 20), ("blocks", 1), ("handles", 1), ("threads", 1)):
             held = [median(getattr(seen[role], what) for seen in fifth) for fifth in fifths]
-            shown = " | ".join(f"{value / unit:.1f}" if unit > 1 else f"{value:.0f}" for value in held)
-            lines.append(f"| {role} | {what}{', MiB' if unit > 1 else ''} | {shown} |")
-            allowed = held[1] * GROWTH + GROWTH_BYTES if what == "resident" else GROWTH_HANDLES
+            shown = " | ".join(f"{value / unit:.1f}" if unit > 1 else f"{value:,.0f}" for value in held)
+            lines.append(f"| {role} | {NAMES.get(what, what)} | {shown} |")
+            allowed = held[1] * GROWTH + SLACK[what]
             if held[4] > held[1] + allowed:
                 grew.append(f"{what} of the {role} grew from {held[1]:,.0f} to {held[4]:,.0f}")
     return "\n".join(lines), grew
@@ -154,14 +191,17 @@ def main() -> int:
     parser.add_argument("root", nargs="?", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role is not None:
+        threading.Thread(target=note_heap, args=(options.root / HEAP_FILE.format(role=options.role),), daemon=True).start()
         with report_errors():
             coordinate(options.root) if options.role == "coordinator" else work(options.root, options.role)
         return 0
     with tempfile.TemporaryDirectory() as name:
-        samples = list(soak(Path(name), options.hours * 3600))
+        *samples, trimmed = soak(Path(name), options.hours * 3600)
         runs, shards, doubled = count(Path(name))
         table, grew = report(samples)
         print(table)
+        for role in LASTING:
+            print(f"resident of the {role} without what the C library keeps: {trimmed[role].resident / 2**20:.1f} MiB")
         print(f"{options.hours:g} hours: {runs} runs completed, {shards} shards, {doubled} partitions counted twice")
     for sentence in grew:
         print(sentence)

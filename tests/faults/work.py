@@ -1,8 +1,8 @@
 """The two processes of the sweep, real but for the training: `python -m tests.faults.work ROLE ROOT LOG POINT`.
 
 FAULTS_LARGE=1 makes shards of several chunks; FAULTS_LOSE=1 loses every second reply of each call after it was carried out;
-FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its directory. While ROOT holds a file `hold`, training
-stands still after its first step.
+FAULTS_FULL=1 has the disk be full at the point; FAULTS_LEASE is a lease's life in seconds; FAULTS_NODE names a node and its
+directory. While ROOT holds a file `hold`, or one `hold-NAME` of the node, training stands still after its first step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from safetensors.numpy import load, save
 
-from coordinator import blobs
+from coordinator import blobs, phases, serve
 from coordinator.serve import OFF, Coordinator
 from forge.checkpoint.safetensors_header import read_header
 from forge.config import parse_config
@@ -83,6 +83,7 @@ class ChainedJob:
         self._checkpoint = self._directory / "checkpoint.safetensors"
         self.pid = os.getpid()
         self._told, self._state, self._step = threading.Event(), "", 0
+        self._holds = HOLD_FILE, f"{HOLD_FILE}-{os.environ.get('FAULTS_NODE', 'node')}"
 
     def events(self) -> Iterator[dict[str, Any]]:
         held: dict[str, Any] = {"step": 0, "state": state_at(self._partition, 0)}
@@ -94,7 +95,7 @@ class ChainedJob:
             self._step = step + 1
             yield {"event": "progress", "stage": "expert", "step": step + 1, "steps": STEPS, "loss": 1.0,
                    "tokens_per_second": 10.0, "resident_bytes": 1 << 20, "message": None}  # fmt: skip
-            while (self._root / HOLD_FILE).exists() and not self._told.wait(0.05):
+            while any((self._root / name).exists() for name in self._holds) and not self._told.wait(0.05):
                 pass
             if self._told.is_set():
                 return
@@ -119,6 +120,8 @@ class ChainedJob:
 
 def coordinate(root: Path) -> int:
     """The coordinator: everything real but what needs torch."""
+    phases.TIDY_SECONDS = 0.0  # Old uploads are forgotten at once.
+    serve.FAREWELL_SECONDS *= 6  # Of twenty processes on two busy cores, one may not run for twenty seconds.
     blobs._write_all = points.around("write of a chunk", blobs._write_all)
     make: Any = grpc.server
     here = points.ServerPoints(lose="FAULTS_LOSE" in os.environ)
@@ -138,7 +141,9 @@ def work(root: Path) -> int:
     _note_receipts(root)
     invitation = Invitation.parse((root / INVITATION_FILE).read_text())
     name = os.environ.get("FAULTS_NODE", "node")
-    preferences = load_preferences(None, root / name, {"ram": "2G", "threads": 1, "device": "cpu", "name": name})
+    # What trains here is the agent itself, which is not to stand back for whatever else runs.
+    allowed = {"ram": "2G", "threads": 1, "device": "cpu", "nice": 0, "name": name}
+    preferences = load_preferences(None, root / name, allowed)
     return run_node(link.Link(None, data_dir=root / name, invitation=invitation), preferences, root / name, False,
                     lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
 
@@ -156,11 +161,28 @@ def _note_receipts(root: Path) -> None:
     client._receipt = noted
 
 
+def begin(role: str, root: str, log: str, deadly: str, out: str, facts: dict[str, str]) -> None:
+    """The same in a process that was forked for it.
+
+    Args:
+        role, root, log, deadly: as of `main`.
+        out: gets what it prints.
+        facts: the environment variables of this module.
+    """
+    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    for name in [name for name in os.environ if name.startswith("FAULTS_")]:
+        del os.environ[name]
+    os.environ.update(facts)
+    main(role, root, log, deadly)
+
+
 def main(role: str, root: str, log: str, deadly: str = "") -> None:
     """Run a role until it is done."""
     with report_errors():
         choose_size("FAULTS_LARGE" in os.environ)
-        points.install(Path(root), Path(log), deadly)
+        points.install(Path(root), Path(log), deadly, "FAULTS_FULL" in os.environ)
         sys.exit({"coordinator": coordinate, "node": work}[role](Path(root)))
 
 

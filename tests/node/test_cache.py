@@ -37,6 +37,15 @@ def test_blobs_go_when_nothing_needs_them(tmp_path: Path) -> None:
     assert _blobs(tmp_path) == {"a", "b", "d", "d.part"}
 
 
+def test_what_a_killed_agent_left_half_written_goes(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, "run")
+    cache.begin(_assignment(0, "c"), {})
+    half = tmp_path / "runs" / "run" / "shared.json.0123abcd.tmp"
+    half.write_bytes(b"[")
+    cache.prune()
+    assert not half.exists() and (tmp_path / "runs" / "run" / "shared.json").is_file()
+
+
 def test_a_run_that_was_never_met_again_is_forgotten(tmp_path: Path) -> None:
     old = Cache(tmp_path, "old")
     old.begin(_assignment(0, "c"), {})
