@@ -39,8 +39,7 @@ from forge.checkpoint.assembly import arrived
 from forge.checkpoint.safetensors_header import read_header
 from forge.errors import ForgeError, NetworkError, StorageError
 from forge.files import RunDirectory
-from forge.vocabulary import INDEX_FILE, expert_file
-from node.cache import CHECKPOINT_FILE
+from forge.vocabulary import CHECKPOINT_FILE, INDEX_FILE, expert_file
 from node.control import ask
 from tests.coordinator import fakes
 from tests.faults import work
