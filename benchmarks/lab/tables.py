@@ -119,6 +119,9 @@ def plots(rows: Rows, directory: Path) -> None:
                               label=f"{share:.0%} of T for the shared components")  # fmt: skip
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.set_xscale("log")
+            ticks = sorted({maturity for maturity, _, _ in found})
+            axes.set_xticks(ticks, [f"{maturity:g}" for maturity in ticks])
+            axes.minorticks_off()
             axes.set_title(curve)
             axes.set_xlabel("training tokens per parameter at the split")
             axes.set_ylabel("nats that ours is better by")
