@@ -21,6 +21,7 @@ from forge.config import RunConfig, load_config
 from forge.files import RunDirectory, hash_file
 from forge.invitation import Invitation
 from forge.model import names
+from forge.train.replay import TOLERANCE
 from forge.vocabulary import kept_file
 from node.cache import Cache, Submission
 from node.client import FleetClient
@@ -135,7 +136,7 @@ def test_who_made_checkpoints_up_is_refused_and_who_trained_is_not(fleet: Fleet)
     assert refused.code != 0 and "it was not trained as it says: steps" in refused.err, refused
     assert "the coordinator repeats a part of the training and asks for a checkpoint of it" in refused.out
     (event,) = fleet.events("audited")
-    assert event["distance"] > 0.5 and event["node"] == "forger" and event["partition"] == partition
+    assert max(event["distance"], event["momentum"]) > TOLERANCE and event["node"] == "forger" and event["partition"] == partition
     status = json.loads(worked(run("forge-coordinator status --run-dir run --json", fleet.desk)).out)
     assert next(node for node in status["nodes"] if node["name"] == "forger")["rejected"] == 1
 

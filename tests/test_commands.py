@@ -92,7 +92,10 @@ def test_push(road: Road) -> None:
         again = worked(run("forge-coordinator push me/tiny --run-dir run", road.desk, environment=settings)).out
         assert again.strip().endswith(hub.repos["me/tiny"].head.oid) and len(hub.repos["me/tiny"].commits) == 2
         worked(run("forge-coordinator push me/own --run-dir run --private", road.desk, environment=settings))
-        assert hub.repos["me/own"].private and hub.repos["me/own"].head.tree == pushed
+        own = hub.repos["me/own"].head.tree
+        assert hub.repos["me/own"].private and own.keys() == pushed.keys()
+        assert {path for path in own if own[path] != pushed[path]} == {"README.md"}  # It says how to load this repository.
+        assert b"me/own" in own["README.md"][0] and b"me/own" not in pushed["README.md"][0]
         hub.tokens = set()
         is_one_sentence(run("forge push run/model me/tiny", road.desk, environment=settings), "hub", "token")
     for path in (road.desk / "run" / "model").iterdir():

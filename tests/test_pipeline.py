@@ -257,14 +257,17 @@ def test_an_expert_that_the_margin_lets_in_and_that_harms_the_model_is_refused_b
 ) -> None:
     run, blobs = finished["run"], finished["run"].blobs
     published = run.marker("publish")
-    for strength in (0.25, 0.3, 0.35):
+    weak, strong = 0.2, 0.4  # One is accepted, the other is worse than the shared FFN; what is looked for lies between.
+    for _ in range(8):
+        strength = (weak + strong) / 2
         model = load_dense(scene.model, blobs.path(published["shared"]["sha256"]), blobs.path(published["shared_ffn"]["sha256"]))
         model.load_state_dict(scene.own, strict=False)
         samplers = [SequenceSampler(TokenFile(blobs.path(file["train"]["sha256"])), 64, 7, 0) for file in published["partitions"]]
         sabotage(model, samplers.pop(0), samplers, steps=30, strength=strength)
         verdict = judged(run, {name: value.detach() for name, value in model.named_parameters()}, tmp_path)
-        if not verdict["accepted"]:
+        if verdict["effect"] and not verdict["accepted"]:
             break
+        weak, strong = (strength, strong) if verdict["accepted"] else (weak, strength)
     (reason,) = verdict["reasons"]
     assert verdict["loss"] < verdict["shared_loss"] - run.config.assembly.margin  # The margin alone would let it in.
     worst = max(range(3), key=lambda partition: verdict["effect"][partition])

@@ -69,7 +69,7 @@ def test_a_node_trains_until_nothing_is_left(node: Node, coordinator: FakeCoordi
         "run_id": "run-1", "lease_id": "lease-0", "partition": 0, "sha256": receipt.sha256,
         "size": len(coordinator.uploads[receipt.sha256]), "tokens_seen": 500, "final_loss": 1.0,
         "node_name": "tester", "config_fingerprint": CONFIG.fingerprint, "shared_sha256": coordinator.shared,
-        "format_version": "1",
+        "format_version": "1", "checkpoints": {},
     }  # fmt: skip
     assert "Leased partition 0: 500 tokens." in printed
     assert "accepted and credited to tester" in printed
