@@ -66,9 +66,8 @@ class Fleet:
         client = FleetClient(Link(data_dir=data_dir, invitation=Invitation.parse(self.token)), identity=identity, name=name,
                              ram_bytes=1 << 30, on_wait=print)  # fmt: skip
         joined = client.join(MachineProfile.measure("cpu"))
-        work = client.lease([])
+        work = leased(client)
         client.close()
-        assert isinstance(work, Assignment)
         directory = Cache(data_dir, joined.run.run_id).begin(work, {"run_id": joined.run.run_id})
         shard = directory / "shard.safetensors"
         shutil.copy(self.experts[work.partition], shard)
@@ -82,6 +81,15 @@ class Fleet:
                             if (directory / kept_file(step)).is_file()}}  # fmt: skip
         Cache(data_dir, joined.run.run_id).submit(Submission(**asdict(submission) | {"manifest": json.dumps(manifest)}))
         return work.partition, self.join(name)
+
+
+def leased(client: FleetClient) -> Assignment:
+    """A lease, when the one of whoever was refused before has come back."""
+    deadline = time.monotonic() + 120
+    while not isinstance(work := client.lease([]), Assignment):
+        assert time.monotonic() < deadline, work
+        time.sleep(0.2)
+    return work
 
 
 def line(fleet: Fleet, partition: int, directory: Path) -> None:
@@ -167,8 +175,7 @@ def test_only_checkpoints_of_the_training_leave_a_node_and_none_is_handed_over(f
     client = FleetClient(Link(data_dir=data_dir, invitation=Invitation.parse(fleet.token)), identity=identity, name="leaver",
                          ram_bytes=1 << 30, on_wait=print)  # fmt: skip
     client.join(MachineProfile.measure("cpu"))
-    work = client.lease([])
-    assert isinstance(work, Assignment)
+    work = leased(client)
     checkpoint = data_dir / "checkpoint.safetensors"
     with safe_open(fleet.run.blobs.path(work.shared_ffn.sha256), framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in names.ffn_tensors(fleet.config.model)}
