@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import heading, published_run, sync, table
+from benchmarks.common import heading, published_run, show, sync, table
 from forge.checkpoint.assembly import accept, start
 from forge.checkpoint.hf import mixtral_config
 from forge.checkpoint.provenance import keep, origin
@@ -70,9 +70,7 @@ def main() -> int:
     columns = [*COLUMNS, *(("mergekit-moe", "its peak memory") if options.mergekit else ())]
     text = (heading("Assembly", "assembly") + f"\nSeconds, medians of {options.rounds} rounds (mergekit-moe: one), with the wait "
             f"for the disk.\n\n{table(columns, rows)}")  # fmt: skip
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Kept, heading, table
+from benchmarks.common import Kept, heading, show, table
 from benchmarks.hostile import FILES, Scene, Tensors, implant, sabotage, weights
 from benchmarks.tries import Try, span, tables
 from coordinator.records import ShardRecord
@@ -355,9 +355,7 @@ def main() -> int:
         found = [known(arena, partition) if options.known else attack(arena, partition, options.sabotage)
                  for partition in partitions]  # fmt: skip
         text += "\n" + tables([one for tries, _ in found for one in tries], found[0][1], TRIGGERED)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return 0
 
 

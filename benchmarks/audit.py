@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import torch
 from torch import Tensor
 
-from benchmarks.common import Kept, heading, table
+from benchmarks.common import Kept, heading, show, table
 from forge.config import RunConfig, load_config, parse_config
 from forge.files import RunDirectory
 from forge.model import names
@@ -211,9 +211,7 @@ def main() -> int:
          *(f"{pick(row[key] for row in found):.3g}" for key in ("distance", "momentum") for pick in (min, max))]
         for (kind, what, _), found in groups.items()])  # fmt: skip
     text += f"\nTolerated: {TOLERANCE:g}. Momenta are compared where a training made both ends; else 0 stands there.\n"
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return 0
 
 

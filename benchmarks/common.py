@@ -46,6 +46,13 @@ def sync(directory: Path) -> None:
     subprocess.run(["sync", "-f", str(directory)], check=True)
 
 
+def show(text: str, output: Path | None) -> None:
+    """Print a page of results, and write it where it is to be kept."""
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+
+
 class Kept:
     """Results in a file of JSON lines, so that a second call does not try again what the first one tried."""
 

@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from benchmarks.common import assembled_run, heading, sync, table
+from benchmarks.common import assembled_run, heading, show, sync, table
 from forge.config import RunConfig, load_config, parse_config
 from forge.data.sources import documents
 from forge.data.tokenizer import tokenizer_files, train_tokenizer
@@ -73,9 +73,7 @@ def main() -> int:
     if limit := parse_size(options.limit) if options.limit != "0" else 0:
         with tempfile.TemporaryDirectory(prefix="forge-generation-") as directory:
             text += "\n" + _larger_than_memory(Path(directory), limit, options.larger)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return int(not equal)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import heading, table
+from benchmarks.common import heading, show, table
 from forge import pipeline
 from forge.config import DataConfig, RunConfig, load_config
 from forge.data.partition import assign, split_by_partition
@@ -67,9 +67,7 @@ def main() -> int:
         text += f"{options.rounds} rounds.\n\n" + rates + "\n" + _partition(config, root, size)
         if options.large:
             text += "\n" + _large(root, options)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return int(not equal)
 
 

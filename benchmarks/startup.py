@@ -21,7 +21,7 @@ import time
 
 import psutil
 
-from benchmarks.common import heading, table
+from benchmarks.common import heading, show, table
 from forge.files import RunDirectory
 
 #: Seconds that feel like an answer at once.
@@ -50,9 +50,7 @@ def main() -> int:
             rows, slow = _measure({**COMMANDS, STATUS: status}, options.rounds)
     text = heading("Start-up", "startup") + f"\nSeconds of {options.rounds} rounds.\n\n"
     text += table(["command", "median", "fastest", "slowest"], rows)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    show(text, options.output)
     return int(slow)
 
 

@@ -49,12 +49,12 @@ class Assembler:
         run_job: does the heavy work.
         activity: told what happens now.
         journal: told what happened.
-        audits: has a part of a shard's training repeated; None repeats nothing.
+        audits: has a part of a shard's training repeated.
         push: publishes the model directory with a commit message and returns the commit's address.
     """
 
     def __init__(self, *, run: RunDirectory, config: RunConfig, state: State, run_job: RunJob, activity: Activity,
-                 journal: Journal, audits: Audits | None = None, push: Push | None = None) -> None:  # fmt: skip
+                 journal: Journal, audits: Audits, push: Push | None = None) -> None:  # fmt: skip
         self._run, self._config, self._state, self._run_job = run, config, state, run_job
         self._activity, self._journal, self._audits, self._push = activity, journal, audits, push
         self._assembled: set[int] = set()
@@ -87,7 +87,7 @@ class Assembler:
             return self._evaluate(experts, final=False)
         if self._push is not None and self._pushed != experts and (experts or self._pushed):
             self._push_model(experts)
-        pending = self._state.next_pending() if self._audits is None else self._audits.next_pending()
+        pending = self._audits.next_pending()
         if pending is not None:
             return self._judge(pending)
         if experts == self._config.model.n_experts and not self.done:
@@ -171,7 +171,7 @@ class Assembler:
         self._activity.say(f"validating {who}", process_bytes(self._config, "validate"))
         try:
             judgement = judge(shard, self._run, self._run_job, self._activity.progress)
-            if judgement.accepted and self._audits is not None:
+            if judgement.accepted:
                 judgement = self._audits.confirm(shard, judgement, self._run_job, self._activity.progress, self._journal.event)
         except ForgeError as error:
             attempts = self._state.count_attempt(shard.id)
@@ -185,8 +185,7 @@ class Assembler:
         finally:
             self._activity.say("")
         self._swept = False
-        if self._audits is not None:
-            self._delete(self._audits.spent(shard))
+        self._delete(self._audits.spent(shard))
         if judgement.accepted:
             if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
                 return 0.0  # Its node was revoked while it was being judged.

@@ -81,9 +81,12 @@ class Audits:
 
     def sample(self, shard: ShardRecord) -> Sample | None:
         """The part of a shard's training that is repeated; None for most shards."""
-        steps, named = self._config.audit_steps(), parse_manifest(shard.manifest).get("checkpoints")
+        steps = self._config.audit_steps()
+        if not steps:
+            return None
+        named = parse_manifest(shard.manifest).get("checkpoints")
         # A shard may have been committed before the run audited, or when it had other parts.
-        if not steps or not isinstance(named, dict) or named.keys() != {str(step) for step in steps}:
+        if not isinstance(named, dict) or named.keys() != {str(step) for step in steps}:
             return None
         drawn = self._credentials.draw(shard.manifest)
         if int.from_bytes(drawn[:8], "big") >= self._config.fleet.audit * (1 << 64):
@@ -100,8 +103,11 @@ class Audits:
 
     def spent(self, shard: ShardRecord) -> list[str]:
         """The same when the shard has its verdict, without those that another shard waits with."""
+        own = self.checkpoints(shard)
+        if not own:
+            return []
         others = {sha256 for other in self._state.pending_shards() if other.id != shard.id for sha256 in self.checkpoints(other)}
-        return [sha256 for sha256 in self.checkpoints(shard) if sha256 not in others]
+        return [sha256 for sha256 in own if sha256 not in others]
 
     def wanted(self, lease_id: str) -> tuple[str, ...]:
         """sha256 of the checkpoints that the node of a lease still has to hand in."""

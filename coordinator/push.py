@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from coordinator.assembler import Push
 from coordinator.state import State
-from forge.errors import ConfigError, HubError
+from forge.errors import HubError
 from forge.files import RunDirectory
-from forge.vocabulary import REPOSITORY
 
 
 def check_repo(repo: str) -> None:
@@ -18,10 +15,11 @@ def check_repo(repo: str) -> None:
         ConfigError: `repo` does not look like `USER/REPO`.
         HubError: this machine has no token for the Hub.
     """
-    if not re.fullmatch(REPOSITORY, repo):
-        raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
     from huggingface_hub import get_token
 
+    from forge.publish.publication import check_repository
+
+    check_repository(repo)
     if get_token() is None:
         raise HubError(f"Cannot push to {repo}: this machine is not logged in to the Hub; log in with `hf auth login` or "
                        "set HF_TOKEN.")  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 import json
 from pathlib import Path
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from forge.data.cli import data
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
 from forge.terminal import Printer, print_evaluation
 from forge.tracking import track_evaluations, track_option, track_progress, tracking
-from forge.vocabulary import INDEX_FILE, REPOSITORY, SINGLE_FILE
+from forge.vocabulary import INDEX_FILE, SINGLE_FILE
 
 if TYPE_CHECKING:
     from forge.config import RunConfig
@@ -342,11 +341,10 @@ def export(model_dir: Path, target: Path, kind: Any) -> None:
 @report_errors()
 def push(model_dir: Path, repo: str, private: bool) -> None:
     """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
-    from forge.publish.publication import publish
+    from forge.publish.publication import check_repository, publish
 
     _check_model_dir(model_dir, INDEX_FILE)
-    if not re.fullmatch(REPOSITORY, repo):
-        raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
+    check_repository(repo)
     click.echo(publish(model_dir, repo, private=private))
 
 

@@ -25,8 +25,7 @@ from forge.config import ModelConfig
 from forge.data.packing import batches, pad
 from forge.evaluate.perplexity import Loss
 from forge.files import TEMPORARY_SUFFIX
-from forge.model.attention import rotary_tables
-from forge.model.lm import INITIAL_STD, RESIDUAL_PROJECTIONS, DenseLayer, DenseLM
+from forge.model.lm import INITIAL_STD, RESIDUAL_PROJECTIONS, DenseLM
 from forge.model.moe import MixtureLM, Routing
 from forge.train.loss import IGNORE_INDEX
 
@@ -261,7 +260,7 @@ def ensemble_loss(log_p: Sequence[Sequence[npt.NDArray[np.float64]]], prior_E: n
         top: experts that are used on a token, those with the largest posterior.
         sizes: UTF-8 bytes of each window's targets.
     """
-    nats, tokens = 0.0, 0
+    weights = []
     for number in range(len(sizes)):
         log_p_ET = np.stack([expert[number] for expert in log_p])
         evidence_ET = prior_E[:, None] + np.concatenate(
@@ -269,10 +268,8 @@ def ensemble_loss(log_p: Sequence[Sequence[npt.NDArray[np.float64]]], prior_E: n
         if top < len(log_p_ET):
             floor_T = np.sort(evidence_ET, axis=0)[-top]
             evidence_ET = np.where(evidence_ET >= floor_T, evidence_ET, -np.inf)
-        weights_ET = evidence_ET - np.logaddexp.reduce(evidence_ET, axis=0)
-        nats -= float(np.logaddexp.reduce(weights_ET + log_p_ET, axis=0).sum())
-        tokens += log_p_ET.shape[1]
-    return Loss(nats, tokens, int(sum(sizes)))
+        weights.append(np.exp(evidence_ET - np.logaddexp.reduce(evidence_ET, axis=0)))
+    return weighted_loss(log_p, weights, sizes)
 
 
 def gate_weights(model: DenseLM, rows_ED: Tensor, windows: Sequence[npt.NDArray[np.int64]],
@@ -280,13 +277,10 @@ def gate_weights(model: DenseLM, rows_ED: Tensor, windows: Sequence[npt.NDArray[
     """What the gate of the first layer gives each expert at every position of every window, (E, T) each, as `top_k` of them."""
     found = []
     for window in windows:
-        tokens_BT = torch.from_numpy(window[None, :-1])
+        gate_inputs: list[Tensor] = []
         with torch.inference_mode():
-            x_BTD = model.model.embed_tokens(tokens_BT)
-            layer = cast(DenseLayer, model.model.layers[0])
-            rotary = rotary_tables(model.config, tokens_BT.shape[1], tokens_BT.device)
-            x_BTD = x_BTD + layer.self_attn(layer.input_layernorm(x_BTD), rotary, None, 0)
-            weights_TE = keep_top(layer.post_attention_layernorm(x_BTD)[0] @ rows_ED.T, top)
+            model(torch.from_numpy(window[None, :-1]), gate_inputs)
+            weights_TE = keep_top(gate_inputs[0][0] @ rows_ED.T, top)
         found.append(weights_TE.T.double().numpy())
     return found
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+import re
 from typing import Any
 
 from forge.checkpoint.assembly import arrived
+from forge.errors import ConfigError
 from forge.files import RunDirectory, read_json
 from forge.publish.card import PLOTS, model_card, run_facts
 from forge.publish.hub import push_model
+from forge.vocabulary import REPOSITORY
+
+
+def check_repository(repo: str) -> None:
+    """Refuse what no repository of the Hub can be called.
+
+    Raises:
+        ConfigError: it does not look like `USER/REPO`.
+    """
+    if not re.fullmatch(REPOSITORY, repo):
+        raise ConfigError(f"The repository {repo!r} must look like USER/REPO.")
 
 
 def publish(model_dir: Path, repo: str, *, message: str = "", rows: Iterable[Mapping[str, Any]] | None = None,

@@ -55,8 +55,7 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
                               expert_seed(config, partition), END_OF_TEXT_ID)  # fmt: skip
     result = train(model, sampler, LoopSettings(
         phase=config.train.expert, batch_size=config.batch_size("expert"), sequence_length=config.model.max_seq_len,
-        micro_batch=chosen.micro_batch, directory=work_dir,
-        checkpoint_seconds=config.train.checkpoint_seconds,
+        micro_batch=chosen.micro_batch, directory=work_dir, checkpoint_seconds=config.train.checkpoint_seconds,
         keep=frozenset(config.audit_steps()), stage=f"expert {partition}", device=device, dtype=dtype),
         progress, should_stop)  # fmt: skip
     outcome = {"finished": result.finished, "step": result.step, "steps": result.steps, "loss": result.loss,

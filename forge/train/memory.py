@@ -42,8 +42,8 @@ _ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
 LIGHT_MB = {"coordinator": 122, "node": 82}
 #: scikit-learn, imported when a corpus is clustered, and pandas, which it imports where that is installed.
 _SKLEARN_BYTES = (144 if find_spec("pandas") else 78) * MB
-#: Positions whose logits exist at a time: at a vocabulary of 16,384 a float32 chunk takes 16 MB, and fewer of them would save
-#: less than what the backward pass of the first layer holds later.
+#: Positions whose logits exist at a time: at a vocabulary of 16,384 a chunk takes 8 MB in bfloat16, less than what the backward
+#: pass of the first layer holds later, and 16 MB in float32, a few more than that.
 CHUNK_POSITIONS = 256
 #: Queries whose attention is computed at a time in bfloat16: fewer waste less on keys that come later, more keep products large.
 ATTENTION_BLOCK = 128

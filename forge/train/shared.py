@@ -49,8 +49,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
     sampler = SequenceSampler(corpus, config.model.max_seq_len, config.seed, END_OF_TEXT_ID, training)
     result = train(model, sampler, LoopSettings(
         phase=config.train.shared, batch_size=config.batch_size("shared"), sequence_length=config.model.max_seq_len,
-        micro_batch=chosen.micro_batch, directory=run.work / "shared", stage="shared",
-        device=device,
+        micro_batch=chosen.micro_batch, directory=run.work / "shared", stage="shared", device=device,
         checkpoint_seconds=config.train.checkpoint_seconds, dtype=dtype), progress, should_stop)  # fmt: skip
     if not result.finished:
         return None

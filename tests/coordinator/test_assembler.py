@@ -11,6 +11,8 @@ from safetensors.numpy import load, save
 
 from coordinator.activity import Activity
 from coordinator.assembler import ATTEMPTS, IDLE_SECONDS, RETRY_SECONDS, Assembler
+from coordinator.audits import Audits
+from coordinator.auth import Credentials
 from coordinator.journal import Journal
 from coordinator.state import State
 from forge.checkpoint import assembly
@@ -48,8 +50,9 @@ class Bench:
         self.restart()
 
     def restart(self, push: bool = False) -> None:
+        audits = Audits(run=self.run, config=CONFIG, state=self.state, credentials=Credentials(bytes(32)), clock=self.clock)
         self.assembler = Assembler(
-            run=self.run, config=CONFIG, state=self.state, run_job=self.jobs, activity=Activity(),
+            run=self.run, config=CONFIG, state=self.state, run_job=self.jobs, activity=Activity(), audits=audits,
             journal=Journal(self.run.root / "events.jsonl", lambda _: None), push=self._push if push else None)  # fmt: skip
 
     def _push(self, message: str) -> str:
