@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.errors import INTERRUPTED, report_errors
+from forge.errors import INTERRUPTED, StorageError, report_errors
 from forge.tracking import track_option
-from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT
+from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT, INDEX_FILE
 
 if TYPE_CHECKING:
     from forge.live import LogFormat
@@ -111,8 +111,11 @@ def push(repo: str, run_dir: Path | None, private: bool) -> None:
     from forge.files import RunDirectory
     from forge.publish.publication import publish
 
+    run = RunDirectory(find_run(run_dir))
+    if not (run.model / INDEX_FILE).is_file():
+        raise StorageError(f"{run.root} has no model yet: a coordinator makes it there once its run is prepared.")
     check_repo(repo)
-    click.echo(publish(RunDirectory(find_run(run_dir)).model, repo, private=private))
+    click.echo(publish(run.model, repo, private=private))
 
 
 @main.command()

@@ -75,6 +75,7 @@ WRONG = [
     (f"{SERVE} --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
     ("forge-coordinator serve --config tiny.yaml --listen here", "config", ["--listen 'here'", "HOST:PORT"]),
     (f"{SERVE} --push tiny", "config", ["'tiny' must look like USER/REPO"]),
+    ("forge-coordinator push ada/tiny --run-dir nowhere", "storage", ["nowhere has no model yet", "once its run is prepared"]),
     ("forge-coordinator status", "network", ["No coordinator runs in a directory below runs", "start one"]),
     ("forge-coordinator status --run-dir nowhere", "network", ["No coordinator runs in nowhere", "start one"]),
     ("forge-coordinator token create --run-dir nowhere", "config", ["nobody knows its address", "--address HOST:PORT"]),
