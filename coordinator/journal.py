@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timezone
+from io import RawIOBase
 import json
 import os
 from pathlib import Path
 import sys
 import threading
-from typing import IO, Any
+import time
+from typing import Any
+
+#: Longer than another process takes to append a line.
+_LINE_SECONDS = 0.01
 
 
 def time_of_day() -> str:
@@ -45,15 +50,17 @@ class Journal:
             if sentence:
                 self._echo(sentence)
             try:
-                with open(self._path, "ab+") as file:
-                    begun = b"" if _ends_with_a_line(file) else b"\n"  # Who wrote before was killed in the middle of a line.
-                    file.write(begun + line.encode() + b"\n")
+                with open(self._path, "ab+", buffering=0) as file:  # A line is one call, and so never mixed with another's.
+                    file.write((b"\n" if _torn(file) else b"") + line.encode() + b"\n")
             except OSError as error:
                 self._echo(f"cannot write to {self._path}: {error.strerror}")
 
 
-def _ends_with_a_line(file: IO[bytes]) -> bool:
-    """Whether a file is empty or its last byte is the end of a line."""
+def _torn(file: RawIOBase) -> bool:
+    """Whether a file ends in half a line which nobody goes on writing: who wrote it was killed, or the disk was full."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
-    return file.read() in (b"", b"\n")
+    if file.read(1) in (b"", b"\n"):
+        return False
+    time.sleep(_LINE_SECONDS)
+    return file.seek(0, os.SEEK_END) == end

@@ -59,7 +59,8 @@ def test_a_coordinator_tracks_its_nodes_and_the_model(make_world: Callable[[], W
 @pytest.mark.slow
 def test_a_run_is_tracked_from_the_shared_components_to_the_last_shard(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    worked(run("forge run tiny.yaml --run-dir run --threads 1 --track tensorboard", tmp_path))
+    # So many tokens that training takes seconds: it tells its progress twice a second.
+    worked(run("forge run tiny.yaml train.shared.tokens=131072 --run-dir run --threads 1 --track tensorboard", tmp_path))
     found, rows = read(tmp_path / "run"), read_json(tmp_path / "run" / "reports" / "evaluation.json")["rows"]
     assert {"loss/shared", "loss/expert_0", "loss/expert_1", "tokens_per_second/shared"} <= set(found)
     losses = found["loss/shared"]
