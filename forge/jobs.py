@@ -295,14 +295,17 @@ def main() -> None:
             last = now
             emit(_progress_event(**fields))
 
+    code = 0
     try:
         from forge import pipeline
 
         value = pipeline.JOBS[sys.argv[1]](arguments, progress, stop.is_set)
+        emit({"event": "result", "value": {"peak_bytes": peak_resident_bytes(), **value}})
     except ForgeError as error:
         emit({"event": "error", "code": error.code, "message": str(error), "detail": error.detail})
-        sys.exit(error.exit_code)
-    emit({"event": "result", "value": {"peak_bytes": peak_resident_bytes(), **value}})
+        code = error.exit_code
+    sys.stderr.flush()
+    os._exit(code)  # Unloading PyTorch takes time and, where it was built for CUDA, another 160 MB of its libraries' pages.
 
 
 def _watch_parent(stop: threading.Event) -> None:

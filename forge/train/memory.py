@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 import math
+from pathlib import Path
 import re
 from typing import Literal
 
@@ -35,6 +37,9 @@ _FLOAT, _DOUBLE = 4, 8
 RUNTIME_MB: dict[str, int] = {
     "prepare": 58, "shared": 284, "partition": 263, "router": 300, "publish": 258, "expert": 284, "validate": 254,
     "evaluate": 304, "generate": 256, "assemble": 47}  # fmt: skip
+#: What PyTorch built for CUDA holds beside that, on a CPU too: its libraries' pages and tables. Where a process unloads them,
+#: as `forge generate` does at its end and a job does not, it reads in more of them.
+_CUDA_MB = dict.fromkeys(RUNTIME_MB, 392) | {"prepare": 0, "assemble": 0, "generate": 556}
 #: What the allocator rounds up and keeps of blocks below its threshold (forge/jobs.py), as a share of all that is allocated;
 #: and the holes in the heap of a training process, as a share of what each micro-batch takes and frees.
 _ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
@@ -97,8 +102,16 @@ def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bo
     allocator = _ALLOCATOR_SHARE * sum(parts.values())
     if training:
         allocator += _HOLES_SHARE * (parts["activations"] + parts["loss"])
-    parts = {"runtime": RUNTIME_MB[stage] * MB} | parts | {"allocator": round(allocator)}
+    runtime = RUNTIME_MB[stage] + (_CUDA_MB[stage] if _built_for_cuda() else 0)
+    parts = {"runtime": runtime * MB} | parts | {"allocator": round(allocator)}
     return Plan(stage, parts, micro_batch, recompute) if training else Plan(stage, parts)
+
+
+@cache
+def _built_for_cuda() -> bool:
+    """Whether the PyTorch that is installed brings CUDA's code along; looks for the file, and does not import it."""
+    torch = find_spec("torch")
+    return torch is not None and torch.origin is not None and any(Path(torch.origin).with_name("lib").glob("*torch_cuda.*"))
 
 
 def process_bytes(config: RunConfig, process: str) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 import re
 import subprocess
@@ -85,6 +86,24 @@ def test_a_bigger_model_costs_more_in_every_process() -> None:
     small, large = load_config("default"), load_config("default", ["model.d_model=1024", "model.d_ff=4096"])
     for stage in set(STAGES) - {"prepare", "assemble"}:  # These hold text or chunks of files, and no tensors.
         assert predict(large, stage).peak_bytes > predict(small, stage).peak_bytes, stage
+
+
+def test_pytorch_built_for_cuda_is_known_by_its_library_and_holds_more(tmp_path: Path) -> None:
+    """Found without an import of it, which would take a second: here is a package that has the file and nothing else."""
+    libraries = tmp_path / "torch" / "lib"
+    libraries.mkdir(parents=True)
+    (libraries.parent / "__init__.py").write_text("raise ImportError")
+    ask = ("from forge.config import load_config; from forge.train.memory import MB, predict; "
+           "print(*(predict(load_config('smoke'), stage).peak_bytes // MB for stage in ('prepare', 'expert')))")  # fmt: skip
+
+    def peaks() -> list[int]:
+        told = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True,
+                              capture_output=True, text=True)  # fmt: skip
+        return [int(peak) for peak in told.stdout.split()]
+
+    for_cpus = peaks()
+    (libraries / "libtorch_cuda.so").touch()
+    assert [more - less for more, less in zip(peaks(), for_cpus, strict=True)] == [0, 392]
 
 
 def test_every_process_of_a_run_has_a_prediction() -> None:
