@@ -107,14 +107,13 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 def push(repo: str, run_dir: Path | None, private: bool) -> None:
     """Push the run's model to the Hub as it is now; again, it sends what is missing. A coordinator may run meanwhile."""
     from coordinator.admin import find_run
-    from coordinator.push import check_repo
     from forge.files import RunDirectory
-    from forge.publish.publication import publish
+    from forge.publish.publication import check_repository, publish
 
+    check_repository(repo)
     run = RunDirectory(find_run(run_dir))
     if not (run.model / INDEX_FILE).is_file():
         raise StorageError(f"{run.root} has no model yet: a coordinator makes it there once its run is prepared.")
-    check_repo(repo)
     click.echo(publish(run.model, repo, private=private))
 
 
