@@ -13,6 +13,7 @@ from forge.data.tokens import TokenFile
 from forge.evaluate.validation import load_shared
 from forge.files import RunDirectory, read_json
 from forge.train.loop import Progress
+from forge.train.precision import product_dtype
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,7 +30,10 @@ def partition_corpus(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     method = config.partition.method
     features = difficulty = None
     if method == "clustered":
-        features = document_features(load_shared(run), corpus, config.model.max_seq_len, run.work / "features.f32", progress)
+        model = load_shared(run)
+        model.compute_in(product_dtype("cpu"))  # The mean of a document moves by less than a hundredth of its length.
+        features = document_features(model, corpus, config.model.max_seq_len, run.work / "features.f32", progress)
+        del model
     elif method == "curriculum":
         difficulty = document_difficulties(load_shared(run), corpus, config.model.max_seq_len, progress)
     tokenizer = load_tokenizer(run.data / "tokenizer.json")
