@@ -23,7 +23,7 @@ from forge.checkpoint.safetensors_header import (
 )
 from forge.config import ModelConfig, RunConfig
 from forge.errors import ShardError, storage_errors
-from forge.files import atomic_file
+from forge.files import RunDirectory, atomic_file
 from forge.model import names
 from forge.vocabulary import SHARD_FORMAT_VERSION, SHARD_KEYS
 
@@ -65,6 +65,14 @@ def write_shard(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, s
         file.write(header_bytes(entries, {**FORMAT, **metadata}))
         for name in order:
             file.write(tensor_bytes(tensors[name]))
+
+
+def publish_tensors(run: RunDirectory, name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put tensors into a blob of the run, by way of its file `work/NAME.safetensors`: the blob's `sha256` and `size`."""
+    path = run.work / f"{name}.safetensors"
+    write_shard(path, tensors, {})
+    size = path.stat().st_size
+    return {"sha256": run.blobs.adopt(path), "size": size}
 
 
 def verify_shard(path: Path, config: RunConfig, *, partition: int, run_id: str, shared_sha256: str) -> dict[str, str]:

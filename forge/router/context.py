@@ -37,6 +37,8 @@ _SHARE = 1e-8
 _QUIETER = 16.0
 #: Counts that the smoothing adds to a partition, spread over the vocabulary as the corpus is.
 _PRIOR_COUNTS = 500.0
+#: Rows of the embedding that are widened at a time.
+_ROWS = 1024
 
 
 def count_tokens(documents: Iterable[npt.NDArray[Any]], vocab_size: int) -> Array:
@@ -125,7 +127,8 @@ def _write_evidence(model: DenseLM, evidence_VR: Array, scale: float) -> None:
     config, embedding = model.config, model.model.embed_tokens.weight
     channels = context_columns(config, evidence_VR.shape[1])
     # The norm before the attention divides by each token's own length.
-    length_V1 = (embedding.double().square().mean(dim=1, keepdim=True) + config.norm_eps).sqrt()
+    squares = [rows_CD.double().square().mean(dim=1, keepdim=True) for rows_CD in torch.split(embedding, _ROWS)]
+    length_V1 = (torch.cat(squares) + config.norm_eps).sqrt()
     # About one for the corpus: then the power of two that the norm multiplies by is the inverse of what is written here.
     scale = 2.0 ** round(math.log2(scale / float(length_V1.mean())))
     embedding[:, channels] = (scale * length_V1 * torch.from_numpy(evidence_VR)).to(embedding)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save
 import torch
 
+from forge.checkpoint.shard import publish_tensors, write_shard
 from forge.config import RunConfig
 from forge.data.packing import evaluation_windows
 from forge.data.tokens import TokenFile
-from forge.files import RunDirectory, write_bytes
+from forge.files import RunDirectory
 from forge.model.lm import DenseLM, load_dense
 from forge.model.names import gate_name, shared_tensors
 from forge.router.context import add_context, count_tokens
@@ -51,7 +51,7 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     progress(stage="router", step=0, steps=len(files), message="counting tokens")
     counts_KV = np.stack([_count(TokenFile(run.blobs.path(file["train"]["sha256"])), config.model.vocab_size,
                                  COUNTED_TOKENS * file["tokens"] // total) for file in files])  # fmt: skip
-    write_bytes(run.data / "token-counts.safetensors", save({"counts_KV": torch.from_numpy(counts_KV)}))
+    write_shard(run.data / "token-counts.safetensors", {"counts_KV": counts_KV}, {})
     add_context(model, counts_KV, chain.from_iterable(
         windows(file, SCALE_WINDOWS * config.model.max_seq_len) for file in files))  # fmt: skip
     if config.router.method == "bayes":
@@ -67,9 +67,9 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     factors, accuracies = temperatures(model, rows, held_out, share)
     dtype = getattr(torch, config.model.dtype)
     weights = dict(model.named_parameters())
-    return {"router": _publish(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
+    return {"router": publish_tensors(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
                                                for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}),
-            "shared_with_context": _publish(run, "shared-with-context", {
+            "shared_with_context": publish_tensors(run, "shared-with-context", {
                 name: weights[name].detach().to(dtype) for name in shared_tensors(config.model)}),
             "token_accuracy": accuracies, "factors": factors}  # fmt: skip
 
@@ -78,14 +78,6 @@ def _count(file: TokenFile, vocab_size: int, tokens: int) -> Array:
     """The counts of documents from all over a file, of about so many tokens."""
     every = max(1, -(-file.total_tokens // max(1, tokens)))
     return count_tokens((file.document(index) for index in range(0, len(file), every)), vocab_size)
-
-
-def _publish(run: RunDirectory, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write tensors into the run's blobs."""
-    path = run.work / f"{name}.safetensors"
-    write_bytes(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
-    size = path.stat().st_size
-    return {"sha256": run.blobs.adopt(path), "size": size}
 
 
 def temperatures(model: DenseLM, rows: Sequence[Array], held_out: Iterable[Iterable[np.ndarray]],

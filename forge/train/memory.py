@@ -268,10 +268,11 @@ def _router(config: RunConfig) -> dict[str, int]:
     inputs = positions * model.n_layers * model.d_model
     tokens, share = temperature_sample(model)
     logits = round(2 * tokens * share * model.n_experts**2) * model.n_layers * _DOUBLE
-    # The gate inputs of all layers are collected in a forward pass and one of them is widened after it; the logits of
-    # held-out tokens come later, and the shared components leave as one piece, half of it twice (measured).
-    published = (model.dense_parameters - model.expert_parameters) * _FLOAT * 3 // 2
-    reading = max(inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits, published)
+    # The context head's place needs one forward pass, and the gate inputs of all layers are collected in another, after which
+    # one of them is widened; the logits of held-out tokens come later, and a copy of what is published if it has another type.
+    published = 0 if model.dtype == "float32" else (model.dense_parameters - model.expert_parameters) * 2
+    placing = _layer_bytes(model, max(STATISTICS_TOKENS, model.max_seq_len))
+    reading = max(placing, inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits, published)
     # Naive Bayes has the counts and three arrays like them; the other methods second moments, of which one is inverted.
     statistics = (4 * model.n_experts * model.vocab_size * _DOUBLE if config.router.method == "bayes" else
                   model.n_layers * square * 2 + 3 * square)  # fmt: skip
@@ -288,15 +289,19 @@ def _publish(config: RunConfig) -> dict[str, int]:
 
 
 def _validate(config: RunConfig) -> dict[str, int]:
-    """The shard in the shared components, as when they are published; when these are gone, in the assembled model."""
-    return max(_publish(config), _evaluate(config), key=lambda parts: sum(parts.values()))
+    """The shard in the shared components, as when they are published; when these are gone, in its place in the mixture."""
+    return max(_publish(config), _mixture(config), key=lambda parts: sum(parts.values()))
 
 
 def _evaluate(config: RunConfig) -> dict[str, int]:
-    """The assembled model, and what takes the place of one of its experts: a shard, or the shared FFN."""
-    mixture = _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
+    """The assembled model, and the shared FFN that takes the place of one of its experts."""
+    mixture = _mixture(config)
     mixture["weights"] += config.model.expert_parameters * (_FLOAT if config.model.dtype == "float32" else 2)
     return mixture
+
+
+def _mixture(config: RunConfig) -> dict[str, int]:
+    return _mixture_weights(config.model) | _forward(config.model, EVALUATION_TOKENS)
 
 
 def _generate(config: RunConfig) -> dict[str, int]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save
 import torch
 
+from forge.checkpoint.shard import publish_tensors
 from forge.config import RunConfig
 from forge.data.packing import SequenceSampler
 from forge.data.tokens import TokenFile
-from forge.files import RunDirectory, write_bytes
+from forge.files import RunDirectory
 from forge.model import names
 from forge.model.lm import DenseLM
 from forge.train.loop import LoopSettings, Progress, train
@@ -57,10 +57,7 @@ def train_shared(run: RunDirectory, ram_bytes: int, progress: Progress, should_s
              "predicted_bytes": chosen.peak_bytes, "micro_batch": chosen.micro_batch}  # fmt: skip
     tensors = {name: p.detach().to("cpu", getattr(torch, config.model.dtype)) for name, p in model.named_parameters()}
     for part, expected in (("shared", names.shared_tensors(config.model)), ("shared_ffn", names.ffn_tensors(config.model))):
-        path = run.work / f"{part}.safetensors"
-        write_bytes(path, save({name: tensors[name].contiguous() for name in expected}, {"format": "pt"}))
-        size = path.stat().st_size
-        facts[part] = {"sha256": run.blobs.adopt(path), "size": size}
+        facts[part] = publish_tensors(run, part, {name: tensors[name] for name in expected})
     return facts
 
 
