@@ -42,6 +42,8 @@ def markdown(rows: Rows) -> str:
         for scale in sorted({row["scale"] for row in rows}):
             made = _maturity([row for row in rows if row["scale"] == scale], curve)
             parts += ["", f"## {title} ({scale} model)", "", *made] if made else []
+    drawn = sorted({row["scale"] for row in rows if any(row["row"] in pair for pair in PAIRS.values())})
+    parts += [line for scale in drawn for line in ("", f"![The curves of the {scale} model over maturity](maturity-{scale}.png)")]
     return "\n".join(parts) + "\n"
 
 
