@@ -33,7 +33,7 @@ def partition_corpus(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         model = load_shared(run)
         model.compute_in(product_dtype("cpu"))  # The mean of a document moves by less than a hundredth of its length.
         features = document_features(model, corpus, config.model.max_seq_len, run.work / "features.f32", progress)
-        del model
+        del model  # Its memory is needed for the clustering.
     elif method == "curriculum":
         difficulty = document_difficulties(load_shared(run), corpus, config.model.max_seq_len, progress)
     tokenizer = load_tokenizer(run.data / "tokenizer.json")

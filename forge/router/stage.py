@@ -67,10 +67,11 @@ def fit_router(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     factors, accuracies = temperatures(model, rows, held_out, share)
     dtype = getattr(torch, config.model.dtype)
     weights = dict(model.named_parameters())
-    return {"router": publish_tensors(run, "router", {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
-                                               for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}),
-            "shared_with_context": publish_tensors(run, "shared-with-context", {
-                name: weights[name].detach().to(dtype) for name in shared_tensors(config.model)}),
+    gates = {gate_name(layer): torch.from_numpy(factor * rows_KD).to(dtype)
+             for layer, (factor, rows_KD) in enumerate(zip(factors, rows, strict=True))}  # fmt: skip
+    with_context = {name: weights[name].detach().to(dtype) for name in shared_tensors(config.model)}
+    return {"router": publish_tensors(run, "router", gates),
+            "shared_with_context": publish_tensors(run, "shared-with-context", with_context),
             "token_accuracy": accuracies, "factors": factors}  # fmt: skip
 
 
