@@ -267,14 +267,16 @@ def _child(role: str, root: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def _coordinate(root: str) -> int:
     """The coordinator, held in its first stage."""
-    held = threading.Event()
+    began, held = threading.Event(), threading.Event()
 
     def hold(name: str, arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
+        began.set()
         held.wait()
         return {}
 
     run = RunDirectory(Path(root))
     with Coordinator(run.config, run.root, "127.0.0.1:0", run_job=hold, echo=lambda line: None) as coordinator:
+        began.wait()  # The stage must have been entered before another one is.
         desk = coordinator._desk
         desk.state.open_partitions(desk.publication.facts["partitions"])
         desk.activity.enter("experts")
