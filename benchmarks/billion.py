@@ -28,7 +28,7 @@ from forge import pipeline
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.safetensors_header import header_bytes, read_header
 from forge.config import RunConfig, load_config
-from forge.files import RunDirectory
+from forge.files import RunDirectory, read_json, write_json
 from forge.jobs import enforcement
 from forge.model import names
 from forge.system import physical_cores
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--ram", default="8G", help="the limit")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each training phase")
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--run-dir", type=Path, help="go on in this directory instead of a temporary one")
+    parser.add_argument("--run-dir", type=Path, help="a directory to keep: after a kill the same command goes on in it")
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     options = parser.parse_args()
     base = load_config(options.config, options.set)
@@ -62,16 +62,22 @@ def main() -> int:
                  f"Printed by `python -m benchmarks.billion` on {time.strftime('%Y-%m-%d')}: {machine()}. "
                  f"{options.steps} steps a training phase. {enforcement(limit)} "
                  "Peaks are of the whole tree of processes, this one included.\n",
-                 "| | seconds | predicted | peak of the tree |", "|---|---|---|---|"]  # fmt: skip
+                 "| | seconds | threads | predicted | peak of the tree |", "|---|---|---|---|---|"]  # fmt: skip
         print("\n".join(lines), flush=True)
-        highest = 0
-        for name, stage, work in _steps(config, options.run_dir or Path(directory) / "run", limit, options.threads):
-            with _Watch() as watch:
-                work()
-            highest = max(highest, watch.peak)
+        root = options.run_dir or Path(directory) / "run"
+        kept = root / "measured.json"
+        measured: dict[str, Any] = read_json(kept) if kept.is_file() else {}
+        for name, stage, work in _steps(config, root, limit, options.threads):
+            if name not in measured:
+                with _Watch() as watch:
+                    work()
+                measured[name] = {"seconds": watch.seconds, "peak": watch.peak, "threads": options.threads}
+                write_json(kept, measured)
+            row = measured[name]
             predicted = format_size(plan(config, stage, limit).peak_bytes) if stage else ""
-            lines.append(f"| {name} | {watch.seconds:.0f} | {predicted} | {format_size(watch.peak)} |")
+            lines.append(f"| {name} | {row['seconds']:.0f} | {row['threads']} | {predicted} | {format_size(row['peak'])} |")
             print(lines[-1], flush=True)
+    highest = max(row["peak"] for row in measured.values())
     lines.append(f"\nThe highest is {format_size(highest)}, {highest / limit:.0%} of the limit.")
     print(lines[-1], flush=True)
     if options.output is not None:
