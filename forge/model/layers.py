@@ -12,6 +12,8 @@ again is not kept. So they must be reached by `backward()`, not by `torch.autogr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -98,17 +100,19 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
         grad = grads[0].to(x.dtype)
-        grad_weight = (grad * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            for sequence_D in (grad * normal).sum(-2).view(-1, x.shape[-1]):
+                gradient_of(weight).add_(sequence_D)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None, None
+            return None, None, None, None
         grad = grad * weight
         # d normal / d x = scale (1 - normal normal^T / D)
         along = torch.linalg.vecdot(grad, normal).div_(x.shape[-1]).unsqueeze(-1)
-        return grad.addcmul_(normal, along, value=-1).mul_(scale), grad_weight, None, None
+        return grad.addcmul_(normal, along, value=-1).mul_(scale), None, None, None
 
 
 class FeedForward(nn.Module):
@@ -164,27 +168,51 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self._held: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up (...) token ids as (..., D) vectors, float32 whatever the table is: so is the residual stream."""
         if not learning(self.weight):
             return F.embedding(tokens, self.weight).float()
-        return cast(Tensor, _Embedding.apply(self.weight, tokens))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Embedding.apply(self.weight, tokens, self._held))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def gradient_held(self) -> Iterator[None]:
+        """Hold the gradients of lookups, a float32 vector each, and add them when the block ends.
+
+        A tied LM head has its own gradient for the same table, from every micro-batch before that of the lookups. Held over a
+        whole batch, the two are added in an order that does not depend on how many sequences a micro-batch has.
+        """
+        self._held = []
+        try:
+            yield
+            for tokens, grad in self._held:
+                _add_rows(self.weight, tokens, grad)
+        finally:
+            self._held = None
 
 
 class _Embedding(torch.autograd.Function):
     """Adds to the rows of the tokens that were seen, where autograd would make a gradient of the whole table first."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, held: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         ctx.save_for_backward(weight, tokens)
+        ctx.held = held
         return F.embedding(tokens, weight).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         weight, tokens = ctx.saved_tensors
-        gradient_of(weight).index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).to(weight.dtype))
-        return None, None
+        if ctx.held is None:
+            _add_rows(weight, tokens, grads[0])
+        else:
+            ctx.held.append((tokens, grads[0]))
+        return None, None, None
+
+
+def _add_rows(weight: Tensor, tokens: Tensor, grad: Tensor) -> None:
+    gradient_of(weight).index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(weight.dtype))
 
 
 def learning(*tensors: Tensor) -> bool:

@@ -140,13 +140,14 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
     """Gradients of one whole batch, in micro-batches; returns the loss in nats and the gradient norm before clipping."""
     batch = torch.from_numpy(sampler.batch(step, settings.batch_size))  # (batch_size, T + 1)
     total = torch.zeros((), device=settings.device)
-    for start in range(0, settings.batch_size, settings.micro_batch):
-        tokens = batch[start : start + settings.micro_batch].to(settings.device)
-        inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-        hidden_BTD = model(inputs_BT)
-        loss = chunked_cross_entropy(hidden_BTD, model.head_weight, targets_BT, weight=len(tokens) / settings.batch_size)
-        torch.autograd.backward(loss)
-        total += loss.detach()
+    with model.model.embed_tokens.gradient_held():
+        for start in range(0, settings.batch_size, settings.micro_batch):
+            tokens = batch[start : start + settings.micro_batch].to(settings.device)
+            inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+            hidden_BTD = model(inputs_BT)
+            loss = chunked_cross_entropy(hidden_BTD, model.head_weight, targets_BT, weight=len(tokens) / settings.batch_size)
+            torch.autograd.backward(loss)
+            total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), settings.phase.gradient_clip, foreach=False)
     return float(total), float(norm)
 
