@@ -189,31 +189,39 @@ def load_dense(
     """
     with torch.device("meta"):
         model = DenseLM(config)
-    tensors = read_tensors(shared, names.shared_tensors(config))
-    frozen = {name: tensor.to(torch.float32 if tensor.dim() == 1 else dtype) for name, tensor in tensors.items()}
+    frozen = read_tensors(shared, names.shared_tensors(config), dtype)
     wanted = names.ffn_tensors(config) if expert is None else names.expert_tensors(config, expert)
-    mapped = read_tensors(ffn, wanted).values()
-    trainable = {name: tensor.to(dtype, copy=True)
-                 for name, tensor in zip(names.ffn_tensors(config), mapped, strict=True)}  # fmt: skip
+    copies = read_tensors(ffn, wanted, dtype, copy=True).values()
+    trainable = dict(zip(names.ffn_tensors(config), copies, strict=True))
     model.load_state_dict({**frozen, **trainable}, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return model
 
 
-def read_tensors(path: Path, shapes: dict[str, names.Shape] | Iterable[str]) -> dict[str, Tensor]:
+def read_tensors(path: Path, shapes: dict[str, names.Shape] | Iterable[str], dtype: torch.dtype | None = None,
+                 copy: bool = False) -> dict[str, Tensor]:  # fmt: skip
     """Map tensors of a safetensors file, in the order asked for; pages are read when they are first used.
+
+    What is copied is read by a map of its own, so that no more of the file is resident beside the copies than one tensor.
 
     Args:
         path: the file.
         shapes: names of the tensors, with the shapes to insist on if it is a dict.
+        dtype: type of the matrices; vectors are float32 then. Tensors of another type are copied.
+        copy: whether all of them are.
 
     Raises:
         StorageError: the file is missing or damaged, or a tensor is missing or has another shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in shapes}
+        for name, mapped in tensors.items():
+            wanted = mapped.dtype if dtype is None else torch.float32 if mapped.dim() == 1 else dtype
+            if copy or mapped.dtype != wanted:
+                with safe_open(path, framework="pt") as file:
+                    tensors[name] = file.get_tensor(name).to(wanted, copy=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"Cannot load the model's tensors from {path}: it is missing, damaged, or lacks one of them.",

@@ -165,10 +165,8 @@ class MixtureLM(nn.Module):
             by_file[path][name] = shapes[name]
         state: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            state |= read_tensors(path, wanted)
-        for name, tensor in state.items():
-            if ".experts." not in name:
-                state[name] = tensor.float()
+            rest = {name: shape for name, shape in wanted.items() if ".experts." not in name}
+            state |= read_tensors(path, wanted) | read_tensors(path, rest, torch.float32)
         model.load_state_dict(state, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 

@@ -95,15 +95,17 @@ def temperatures(model: DenseLM, rows: Sequence[Array], held_out: Iterable[Itera
     logits: list[list[Array]] = [[] for _ in rows]
     labels: list[int] = []
     for partition, windows in enumerate(held_out):
-        for layers in gate_inputs(model, windows):
-            kept_N = random.random(len(layers[0])) < share
+        for count, layers in gate_inputs(model, windows):
+            kept_N = random.random(count) < share
             labels.extend([partition] * int(kept_N.sum()))
             for layer, x_ND in enumerate(layers):
                 logits[layer].append(x_ND[kept_N] @ rows[layer].T)
-    labels_N = np.asarray(labels)
-    stacked = [np.concatenate(layer) for layer in logits]
-    return ([fit_temperature(logits_NK, labels_N) for logits_NK in stacked],
-            [float((logits_NK.argmax(axis=1) == labels_N).mean()) for logits_NK in stacked])  # fmt: skip
+    labels_N, factors, accuracies = np.asarray(labels), [], []
+    for layer in range(len(rows)):
+        logits_NK, logits[layer] = np.concatenate(logits[layer]), []
+        factors.append(fit_temperature(logits_NK, labels_N))
+        accuracies.append(float((logits_NK.argmax(axis=1) == labels_N).mean()))
+    return factors, accuracies
 
 
 def _windows(path: Path, config: RunConfig, tokens: int) -> Iterator[np.ndarray]:

@@ -80,19 +80,20 @@ def forward_batches(model: DenseLM, windows: Iterable[npt.NDArray[Any]]
         with torch.inference_mode():
             model(torch.from_numpy(inputs_BT), collected)
         yield targets_BT != IGNORE_INDEX, collected
+        collected.clear()  # The next batch comes in its place, not beside it.
 
 
-def gate_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[list[Array]]:
-    """The gate input (N, D) of each layer, for the tokens of a batch of windows after another."""
+def gate_inputs(model: DenseLM, windows: Iterable[npt.NDArray[Any]]) -> Iterator[tuple[int, Iterator[Array]]]:
+    """Of a batch of windows after another: its tokens N, and the gate input (N, D) of each layer, widened as it is taken."""
     for kept_BT, collected in forward_batches(model, windows):
-        yield [x_BTD.numpy()[kept_BT].astype(np.float64) for x_BTD in collected]
+        yield int(kept_BT.sum()), (x_BTD.numpy()[kept_BT].astype(np.float64) for x_BTD in collected)
 
 
 def collect(model: DenseLM, partition: int, windows: Iterable[npt.NDArray[Any]], into: list[LayerStatistics]) -> int:
     """Add the gate inputs of a partition's windows to the statistics of every layer; returns the tokens seen."""
     tokens = 0
-    for layers in gate_inputs(model, windows):
+    for count, layers in gate_inputs(model, windows):
         for layer, x_ND in zip(into, layers, strict=True):
             layer.add(partition, x_ND)
-        tokens += len(layers[0])
+        tokens += count
     return tokens

@@ -102,13 +102,13 @@ def predict(config: RunConfig, stage: Stage, micro_batch: int = 1, recompute: bo
     allocator = _ALLOCATOR_SHARE * sum(parts.values())
     if training:
         allocator += _HOLES_SHARE * (parts["activations"] + parts["loss"])
-    runtime = RUNTIME_MB[stage] + (_CUDA_MB[stage] if _built_for_cuda() else 0)
+    runtime = RUNTIME_MB[stage] + (_CUDA_MB[stage] if built_for_cuda() else 0)
     parts = {"runtime": runtime * MB} | parts | {"allocator": round(allocator)}
     return Plan(stage, parts, micro_batch, recompute) if training else Plan(stage, parts)
 
 
 @cache
-def _built_for_cuda() -> bool:
+def built_for_cuda() -> bool:
     """Whether the PyTorch that is installed brings CUDA's code along; looks for the file, and does not import it."""
     torch = find_spec("torch")
     return torch is not None and torch.origin is not None and any(Path(torch.origin).with_name("lib").glob("*torch_cuda.*"))
@@ -266,15 +266,14 @@ def temperature_sample(model: ModelConfig) -> tuple[int, float]:
 def _router(config: RunConfig) -> dict[str, int]:
     model = config.model
     square = model.d_model**2 * _DOUBLE
-    positions = min(STATISTICS_TOKENS, max(config.router.tokens // model.n_experts, model.max_seq_len))
-    inputs = positions * model.n_layers * model.d_model
+    # Every forward pass collects the gate inputs of all layers; in the last ones the logits of held-out tokens pile up. What
+    # is published comes after them, in a copy if it has another type.
+    positions = max(STATISTICS_TOKENS, model.max_seq_len)
+    collected = positions * model.n_layers * model.d_model * _FLOAT
     tokens, share = temperature_sample(model)
-    logits = round(2 * tokens * share * model.n_experts**2) * model.n_layers * _DOUBLE
-    # The context head's place needs one forward pass, and the gate inputs of all layers are collected in another, after which
-    # one of them is widened; the logits of held-out tokens come later, and a copy of what is published if it has another type.
+    logits = round(tokens * share * model.n_experts**2) * model.n_layers * _DOUBLE
     published = 0 if model.dtype == "float32" else (model.dense_parameters - model.expert_parameters) * 2
-    placing = _layer_bytes(model, max(STATISTICS_TOKENS, model.max_seq_len))
-    reading = max(placing, inputs * _FLOAT + _layer_bytes(model, positions), inputs * (_FLOAT + _DOUBLE), logits, published)
+    reading = max(collected + _layer_bytes(model, positions) + logits, published)
     # Naive Bayes has the counts and three arrays like them; the other methods second moments, of which one is inverted.
     statistics = (4 * model.n_experts * model.vocab_size * _DOUBLE if config.router.method == "bayes" else
                   model.n_layers * square * 2 + 3 * square)  # fmt: skip
@@ -283,11 +282,7 @@ def _router(config: RunConfig) -> dict[str, int]:
 
 def _publish(config: RunConfig) -> dict[str, int]:
     model = config.model
-    # While a model is loaded, the file that is copied or widened is mapped beside the copy.
-    loading = (2 * model.expert_parameters - model.dense_parameters) * _FLOAT
-    if model.dtype != "float32":
-        loading = model.dense_parameters * 2
-    return _dense_weights(model) | {"activations": max(_forward(model, EVALUATION_TOKENS)["activations"], loading)}
+    return _dense_weights(model) | _forward(model, EVALUATION_TOKENS)
 
 
 def _validate(config: RunConfig) -> dict[str, int]:

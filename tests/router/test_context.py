@@ -90,7 +90,7 @@ def test_every_gate_reads_the_mean_evidence_of_the_text_so_far(model: DenseLM) -
     rows_KD = bayes_rows(model.config, counts())
     (window,) = text(1, 1, count=1)
     expected_TK = running_mean(evidence_VR[window[:-1]]) @ basis_KR.T
-    for layers in gate_inputs(model, [window]):
+    for _, layers in gate_inputs(model, [window]):
         for x_TD in layers:
             logits_TK = x_TD @ rows_KD.T
             # The norm divides by the length of each token's stream, which moves no token's order of the partitions, and the
@@ -136,9 +136,9 @@ def test_the_router_names_the_partition_of_a_text(model: DenseLM) -> None:
     rows_KD = bayes_rows(model.config, counts())
     right = total = 0
     for partition in range(PARTITIONS):
-        for layers in gate_inputs(model, text(partition, 1)):
+        for _, layers in gate_inputs(model, text(partition, 1)):
             # From the eighth token of each window on.
-            chosen = (layers[-1] @ rows_KD.T).argmax(axis=1).reshape(-1, 32)[:, 8:]
+            chosen = (list(layers)[-1] @ rows_KD.T).argmax(axis=1).reshape(-1, 32)[:, 8:]
             right, total = right + int((chosen == partition).sum()), total + chosen.size
     assert right / total > 0.85
 
