@@ -20,7 +20,7 @@ def run(name: str, output: Path, *options: str) -> str:
 
 
 def test_a_fleet_of_three_hands_a_shard_in(tmp_path: Path) -> None:
-    table = run("fleet", tmp_path / "fleet.md", "--nodes", "3", "--partitions", "2", "--seconds", "30", "--processes", "1",
+    table = run("fleet", tmp_path / "fleet.md", "--nodes", "3", "--partitions", "2", "--seconds", "60", "--processes", "1",
                 "--lease-seconds", "4", "--train-every", "1", "--directory", str(tmp_path / "run"))  # fmt: skip
     assert "| failed or repeated calls | 0 |" in table and "| heartbeat | " in table
     assert '"event": "uploaded"' in (tmp_path / "run" / "run" / "events.jsonl").read_text()
