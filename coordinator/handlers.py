@@ -47,7 +47,7 @@ from forge.config import RunConfig
 from forge.errors import AccessError, ProtocolError, ShardError
 from forge.files import RunDirectory
 from forge.signature import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, node_id_of, verify_signature
-from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION, SMALLEST_CHUNK_BYTES
 
 #: Bounds of what a peer may send: characters of a word about its machine, and entries of a list.
 MAX_WORD, MAX_LIST = 200, 4096
@@ -215,8 +215,8 @@ def release(lease_id: str, node: NodeRecord, desk: Desk, checkpoint: str = "") -
                   node=node.name, partition=held.partition, step=left.step)  # fmt: skip
 
 
-def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterator[bytes]:
-    """The bytes of a published blob from an offset on, in chunks of `CHUNK_BYTES`.
+def fetch_blob(sha256: str, offset: int, chunk_bytes: int, node: NodeRecord, desk: Desk) -> Iterator[bytes]:
+    """The bytes of a published blob from an offset on, in chunks of `chunk_bytes`, or of `CHUNK_BYTES` if that is 0.
 
     Raises:
         NotPublishedError: the run does not publish it.
@@ -231,11 +231,12 @@ def fetch_blob(sha256: str, offset: int, node: NodeRecord, desk: Desk) -> Iterat
     if offset > size:
         raise InvalidRequestError(f"The file {sha256[:12]} has {size:,} bytes: there is nothing at {offset:,}.")
     path = desk.run.blobs.path(sha256)
+    size_of_chunk = min(CHUNK_BYTES, max(SMALLEST_CHUNK_BYTES, chunk_bytes or CHUNK_BYTES))
 
     def chunks() -> Iterator[bytes]:
         with desk.quotas.transfer(node.id, size - offset), open(path, "rb") as file:
             file.seek(offset)
-            while chunk := file.read(CHUNK_BYTES):
+            while chunk := file.read(size_of_chunk):
                 yield chunk
 
     return chunks()

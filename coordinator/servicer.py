@@ -111,7 +111,8 @@ class FleetServicer(_Servicer, fleet_pb2_grpc.FleetServiceServicer):
     def FetchBlob(self, request: pb.FetchBlobRequest, context: Any) -> Iterator[pb.FetchBlobResponse]:
         """Send a published blob."""
         with self._answering(context, request):
-            for chunk in handlers.fetch_blob(request.sha256, request.offset, self._node(context), self._desk):
+            for chunk in handlers.fetch_blob(request.sha256, request.offset, request.chunk_bytes,
+                                             self._node(context), self._desk):  # fmt: skip
                 yield pb.FetchBlobResponse(data=chunk)
 
     def OpenUpload(self, request: pb.OpenUploadRequest, context: Any) -> pb.OpenUploadResponse:

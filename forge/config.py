@@ -221,6 +221,9 @@ class PhaseConfig(Section):
 class ExpertPhaseConfig(PhaseConfig):
     """The expert phase: shared components frozen, only one expert's FFNs learn."""
 
+    decay_fraction: Fraction = 1.0
+    """Share of the steps, at the end, in which the rate falls linearly to zero; between, it is constant. Experts begin beside
+    components that have settled, and settle from their first step on (docs/log.md, 2026-11-27)."""
     init: Literal["copy", "random"] = "copy"
     """copy: start as the shared FFN. random: start anew."""
 

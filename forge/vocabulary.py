@@ -18,6 +18,8 @@ DASHBOARD_PORT: Final = 7473
 #: Bytes of one message of a transfer: a cut line loses at most so many. Larger ones are slower (they leave the processor's caches
 #: between two layers) and cost the coordinator more memory; smaller ones cost more Python (`benchmarks/transfer.py`).
 CHUNK_BYTES: Final = 256 << 10
+#: Bytes of the smallest message that a node makes or asks for, on a line that breaks all the time.
+SMALLEST_CHUNK_BYTES: Final = 16 << 10
 
 #: Stages of the pipeline in order. The first five end with a marker `stages/NAME.json`.
 STAGES: Final = ("prepare", "shared", "partition", "router", "publish")

@@ -24,7 +24,7 @@ from tenacity import RetryCallState
 from forge.errors import NetworkError, ProtocolError, storage_errors
 from forge.files import hash_file
 from forge.invitation import KEY_HEADER, PROOF_HEADER, SECRET_HEADER, proof_message
-from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
+from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION, SMALLEST_CHUNK_BYTES
 from node.connection import (
     MAX_SENTENCES,
     Patience,
@@ -89,6 +89,7 @@ class FleetClient:
         self._patience = patience or Patience()
         self._sleep = sleep
         self._up, self._down = upload or Throttle(), download or Throttle()
+        self._chunk = CHUNK_BYTES  # Bytes of a message of the next stream.
         self._credential = ""
         self._machine: MachineProfile | None = None
         self._run_id: str | None = None
@@ -304,7 +305,8 @@ class FleetClient:
                on_bytes: OnBytes | None) -> int:  # fmt: skip
         """Append to `part`, and to `digest`, what one stream brings; returns the bytes held. A cut after some is no error."""
         held = offset
-        call: Any = self._stub.FetchBlob(pb.FetchBlobRequest(sha256=sha256, offset=offset), metadata=self._metadata())
+        request = pb.FetchBlobRequest(sha256=sha256, offset=offset, chunk_bytes=self._chunk)
+        call: Any = self._stub.FetchBlob(request, metadata=self._metadata())
         with Watchdog(call, self._patience.stream) as watchdog, storage_errors(part), open(part, "ab") as file:
             try:
                 for message in call:
@@ -318,7 +320,9 @@ class FleetClient:
                         on_bytes(held, size)
                     if held > size:
                         break
+                self._flowed()
             except grpc.RpcError as error:
+                self._broke()
                 if held == offset or not is_transient(error):
                     raise
                 self._on_wait(f"the download of {sha256[:12]} was cut at {held:,} of {size:,} bytes; going on")
@@ -333,7 +337,7 @@ class FleetClient:
 
     def _send(self, lease_id: str, sha256: str, path: Path, size: int, offset: int, on_bytes: OnBytes | None) -> None:
         """Send one stream from `offset` to the end."""
-        watched, chunk = threading.Event(), self._up.chunk(CHUNK_BYTES)
+        watched, chunk = threading.Event(), self._up.chunk(self._chunk)
 
         def messages() -> Iterator[pb.UploadRequest]:
             watched.wait()
@@ -356,10 +360,22 @@ class FleetClient:
             watched.set()
             try:
                 call.result()
+                self._flowed()
             except grpc.FutureCancelledError as error:
+                self._broke()
                 raise StalledError("no bytes for too long") from error
+            except grpc.RpcError:
+                self._broke()
+                raise
             finally:
                 call.cancel()
+
+    def _flowed(self) -> None:
+        self._chunk = min(CHUNK_BYTES, 2 * self._chunk)
+
+    def _broke(self) -> None:
+        """Nothing is kept of a message that was cut: where the line breaks more often than one gets through, smaller ones do."""
+        self._chunk = max(SMALLEST_CHUNK_BYTES, self._chunk // 2)
 
     # --- trying again -----------------------------------------------------------------------------------------------
 

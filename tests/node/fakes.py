@@ -62,6 +62,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.cut_fetch: list[int] = []
         self.stall_fetch: list[int] = []
         self.cut_upload: list[int] = []
+        self.passes: int | None = None  # Bytes of a message above which the line breaks before it has come.
         self.lost_replies: dict[str, int] = {}
         self.too_soon: dict[str, float] = {}  # call -> seconds after which it may be made again
         self.refusals: dict[str, tuple[grpc.StatusCode, str, str]] = {}
@@ -178,8 +179,11 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
                 context.add_callback(ended.set)
                 ended.wait(30)
                 return
-            yield pb.FetchBlobResponse(data=data[sent : sent + (256 << 10)])
-            sent += 256 << 10
+            chunk = data[sent : sent + (request.chunk_bytes or 256 << 10)]
+            if self.passes is not None and len(chunk) > self.passes:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            yield pb.FetchBlobResponse(data=chunk)
+            sent += len(chunk)
 
     def OpenUpload(self, request: pb.OpenUploadRequest, context: grpc.ServicerContext) -> pb.OpenUploadResponse:
         self._enter("OpenUpload", context)
@@ -198,6 +202,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
                 self.upload_offsets.append(request.offset)
                 assert request.offset == len(held)
             assert len(request.data) <= 1 << 20
+            if self.passes is not None and len(request.data) > self.passes:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
             held += request.data
             taken += len(request.data)
             if cut is not None and taken >= cut:

@@ -68,6 +68,22 @@ def test_a_download_that_is_cut_before_its_first_byte_waits_and_says_so(
     assert len(said) == 2 and "trying again in" in said[0]
 
 
+def test_a_line_that_breaks_within_every_large_message_gets_small_ones(
+        client: FleetClient, coordinator: FakeCoordinator, tmp_path: Path) -> None:  # fmt: skip
+    lease = client.lease([])
+    assert isinstance(lease, Assignment)
+    coordinator.passes = 40_000
+    _fetch(client, coordinator, tmp_path / "blob")
+    shard = tmp_path / "shard"
+    shard.write_bytes(bytes(3 * MIB))
+    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert client.upload(lease.lease_id, sha256, shard) is None
+    assert coordinator.uploads[sha256] == shard.read_bytes()
+    # What breaks is halved, what passes is doubled again: 256, 128, 64, then 32 KiB.
+    assert coordinator.fetch_offsets == [0] * 4 and set(coordinator.upload_offsets) == {0}
+    assert len(coordinator.upload_offsets) == 2
+
+
 def test_a_download_goes_on_from_the_part_of_a_killed_process(client: FleetClient, coordinator: FakeCoordinator,
                                                               tmp_path: Path) -> None:  # fmt: skip
     (tmp_path / "blob.part").write_bytes(coordinator.blobs[coordinator.shared][:12345])
