@@ -22,6 +22,9 @@ from forge.train.loss import IGNORE_INDEX
 from forge.train.memory import STATISTICS_TOKENS
 from forge.vocabulary import END_OF_TEXT_ID
 
+#: Batches are padded to a multiple of so many tokens: a product in bfloat16 keeps code of its own for every shape it has seen.
+_LENGTHS = 64
+
 
 def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Path,
                       progress: Progress) -> npt.NDArray[np.float32]:  # fmt: skip
@@ -33,7 +36,9 @@ def document_features(model: DenseLM, corpus: TokenFile, seq_len: int, path: Pat
     with atomic_file(path) as file:
         for rows, batch in _batches(corpus, seq_len):
             with torch.inference_mode():
-                hidden_BTD = model(torch.from_numpy(pad(batch, IGNORE_INDEX)[0])).float()
+                inputs_BT = pad(batch, IGNORE_INDEX)[0]
+                inputs_BT = np.pad(inputs_BT, ((0, 0), (0, -inputs_BT.shape[1] % _LENGTHS)))
+                hidden_BTD = model(torch.from_numpy(inputs_BT)).float()
                 for window, hidden_TD in zip(batch, hidden_BTD, strict=True):
                     file.write(hidden_TD[: len(window) - 1].mean(dim=0).numpy().tobytes())
             progress(stage="partition", step=rows.stop, steps=len(corpus), message="reading documents")

@@ -46,7 +46,7 @@ _ALLOCATOR_SHARE, _HOLES_SHARE = 0.02, 0.55
 #: The light processes, which hold no tensors: the whole of a coordinator and of a node's agent, in MB resident.
 LIGHT_MB = {"coordinator": 122, "node": 82}
 #: scikit-learn, imported when a corpus is clustered, and pandas, which it imports where that is installed.
-_SKLEARN_BYTES = (144 if find_spec("pandas") else 78) * MB
+_SKLEARN_BYTES = (154 if find_spec("pandas") else 88) * MB
 #: Positions whose logits exist at a time: at a vocabulary of 16,384 a chunk takes 8 MB in bfloat16, less than what the backward
 #: pass of the first layer holds later, and 16 MB in float32, a few more than that.
 CHUNK_POSITIONS = 256
