@@ -168,28 +168,13 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        self._held: list[tuple[Tensor, Tensor]] | None = None
+        self.held: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up (...) token ids as (..., D) vectors, float32 whatever the table is: so is the residual stream."""
         if not learning(self.weight):
             return F.embedding(tokens, self.weight).float()
-        return cast(Tensor, _Embedding.apply(self.weight, tokens, self._held))  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def gradient_held(self) -> Iterator[None]:
-        """Hold the gradients of lookups, a float32 vector each, and add them when the block ends.
-
-        A tied LM head has its own gradient for the same table, from every micro-batch before that of the lookups. Held over a
-        whole batch, the two are added in an order that does not depend on how many sequences a micro-batch has.
-        """
-        self._held = []
-        try:
-            yield
-            for tokens, grad in self._held:
-                _add_rows(self.weight, tokens, grad)
-        finally:
-            self._held = None
+        return cast(Tensor, _Embedding.apply(self.weight, tokens, self.held))  # type: ignore[no-untyped-call]
 
 
 class _Embedding(torch.autograd.Function):
@@ -209,6 +194,26 @@ class _Embedding(torch.autograd.Function):
         else:
             ctx.held.append((tokens, grads[0]))
         return None, None, None
+
+
+@contextmanager
+def lookups_held(model: nn.Module) -> Iterator[None]:
+    """Hold the gradients of a model's lookups, a float32 vector each, and add them when the block ends.
+
+    A tied LM head has its own gradient for the same table, from every micro-batch before that of the lookups. Held over a
+    whole batch, the two are added in an order that does not depend on how many sequences a micro-batch has.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, Embedding)]
+    for embedding in embeddings:
+        embedding.held = []
+    try:
+        yield
+        for embedding in embeddings:
+            for tokens, grad in embedding.held or ():
+                _add_rows(embedding.weight, tokens, grad)
+    finally:
+        for embedding in embeddings:
+            embedding.held = None
 
 
 def _add_rows(weight: Tensor, tokens: Tensor, grad: Tensor) -> None:

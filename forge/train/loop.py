@@ -18,6 +18,7 @@ from forge.config import PhaseConfig
 from forge.data.packing import SequenceSampler
 from forge.errors import TrainingError, storage_errors
 from forge.files import write_bytes
+from forge.model.layers import lookups_held
 from forge.model.lm import DenseLM
 from forge.train.loss import chunked_cross_entropy
 from forge.train.optim import Optimizer, learning_rate
@@ -140,7 +141,7 @@ def _accumulate(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings
     """Gradients of one whole batch, in micro-batches; returns the loss in nats and the gradient norm before clipping."""
     batch = torch.from_numpy(sampler.batch(step, settings.batch_size))  # (batch_size, T + 1)
     total = torch.zeros((), device=settings.device)
-    with model.model.embed_tokens.gradient_held():
+    with lookups_held(model):
         for start in range(0, settings.batch_size, settings.micro_batch):
             tokens = batch[start : start + settings.micro_batch].to(settings.device)
             inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]

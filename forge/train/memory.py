@@ -194,7 +194,7 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
     logits = min(CHUNK_POSITIONS, model.max_seq_len) * model.vocab_size * product
     backward = positions * (3 * model.ffn_width * product + 2 * stream)
     backward += _largest_matrix(model) * (_FLOAT + product) if product != _FLOAT else 0
-    # Gradients of the lookups of the whole batch (`forge.model.layers.Embedding.gradient_held`).
+    # Gradients of the lookups of the whole batch (`forge.model.layers.lookups_held`).
     held = config.batch_size("shared") * model.max_seq_len * stream if shared else 0
     matrices = model.dense_parameters - model.norm_parameters
     if not model.tie_embeddings:
