@@ -8,6 +8,7 @@ about progress (no answer to a small question, no bytes of a stream), never abou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 import hashlib
 import math
 import os
@@ -309,20 +310,19 @@ class FleetClient:
         call: Any = self._stub.FetchBlob(request, metadata=self._metadata())
         with Watchdog(call, self._patience.stream) as watchdog, storage_errors(part), open(part, "ab") as file:
             try:
-                for message in call:
-                    watchdog.alive()
-                    data = message.data  # Each look at it makes another copy.
-                    file.write(data)
-                    digest.update(data)
-                    self._down.take(len(data), watchdog.alive)
-                    held += len(data)
-                    if on_bytes is not None:
-                        on_bytes(held, size)
-                    if held > size:
-                        break
-                self._flowed()
+                with self._sized():
+                    for message in call:
+                        watchdog.alive()
+                        data = message.data  # Each look at it makes another copy.
+                        file.write(data)
+                        digest.update(data)
+                        self._down.take(len(data), watchdog.alive)
+                        held += len(data)
+                        if on_bytes is not None:
+                            on_bytes(held, size)
+                        if held > size:
+                            break
             except grpc.RpcError as error:
-                self._broke()
                 if held == offset or not is_transient(error):
                     raise
                 self._on_wait(f"the download of {sha256[:12]} was cut at {held:,} of {size:,} bytes; going on")
@@ -356,26 +356,27 @@ class FleetClient:
                     data = file.read(chunk)
 
         call: Any = self._stub.Upload.future(messages(), metadata=self._metadata())
-        with Watchdog(call, self._patience.stream) as watchdog:
+        with Watchdog(call, self._patience.stream) as watchdog, self._sized():
             watched.set()
             try:
                 call.result()
-                self._flowed()
             except grpc.FutureCancelledError as error:
-                self._broke()
                 raise StalledError("no bytes for too long") from error
-            except grpc.RpcError:
-                self._broke()
-                raise
             finally:
                 call.cancel()
 
-    def _flowed(self) -> None:
-        self._chunk = min(CHUNK_BYTES, 2 * self._chunk)
+    @contextmanager
+    def _sized(self) -> Iterator[None]:
+        """Halve the next stream's messages when this one breaks, double them when it does not.
 
-    def _broke(self) -> None:
-        """Nothing is kept of a message that was cut: where the line breaks more often than one gets through, smaller ones do."""
-        self._chunk = max(SMALLEST_CHUNK_BYTES, self._chunk // 2)
+        Nothing is kept of a message that was cut: where the line breaks more often than one gets through, smaller ones do.
+        """
+        try:
+            yield
+        except (grpc.RpcError, StalledError):
+            self._chunk = max(SMALLEST_CHUNK_BYTES, self._chunk // 2)
+            raise
+        self._chunk = min(CHUNK_BYTES, 2 * self._chunk)
 
     # --- trying again -----------------------------------------------------------------------------------------------
 

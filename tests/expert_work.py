@@ -14,7 +14,10 @@ from forge.data.tokens import TokenWriter
 from forge.files import hash_file
 from forge.model import names
 from forge.model.lm import DenseLM
+from forge.train.memory import built_for_cuda
 
+#: What a training process of the smallest plan has come to when a limit of 100 MB stops it: PyTorch alone, as a pattern.
+USED = r"[2-7]\d\dM" if built_for_cuda() else r"1\d\dM"
 #: Micro-batches of 4, 2 and 1, and recomputation, are predicted some 100, 50 and 25 MB apart; a step takes under a second.
 CONFIG = parse_config({
     "model": {"vocab_size": 512, "d_model": 64, "d_ff": 512, "n_layers": 6, "n_heads": 2, "n_experts": 2, "top_k": 1,

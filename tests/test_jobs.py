@@ -180,7 +180,8 @@ def test_no_smaller_plan_is_the_sentence_that_names_a_limit(tmp_path: Path) -> N
     assignment = expert_work.assignment(tmp_path / "files")
     *_, smallest = candidates(expert_work.CONFIG, "expert")
     arguments = {"assignment": assignment, "work_dir": str(tmp_path / "w"), "ram_bytes": smallest.peak_bytes, "device": "cpu"}
-    with pytest.raises(MemoryBudgetError, match=r"partition 1 used \d+M, more than the 100M that --ram allows.* --ram \d+M"):
+    sentence = rf"partition 1 used {expert_work.USED}, more than the 100M that --ram allows.* --ram \d+M"
+    with pytest.raises(MemoryBudgetError, match=sentence):
         Job("train-expert", arguments, threads=1, ram_bytes=100 << 20, log=tmp_path / "log").result()
 
 

@@ -43,7 +43,7 @@ def test_a_child_above_its_limit_is_stopped(tmp_path: Path, connect: Callable[..
     *_, smallest = candidates(expert_work.CONFIG, "expert")
     worker = Worker(Console(io.StringIO()), ram_bytes=100 << 20, threads=1, device="cpu", run_job=run_job, nice=0)
     beats = Heartbeats(connect("127.0.0.1:1"), "lease", 60, lambda _: None)  # not started: no pulse is needed
-    with pytest.raises(MemoryBudgetError, match=r"partition 1 used \d+M, more than the 100M .* --ram \d+M"):
+    with pytest.raises(MemoryBudgetError, match=rf"partition 1 used {expert_work.USED}, more than the 100M .* --ram \d+M"):
         worker.train(assignment, work, beats, smallest.peak_bytes)
     assert resident_bytes_of(jobs[0].pid) == 0
     assert {path.name for path in work.iterdir()} == {"train.log"}
