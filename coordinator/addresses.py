@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 import ipaddress
-import os
 import socket
 
 import grpc
 
 from coordinator.authority import own_addresses
 from forge.errors import ConfigError, NetworkError
+from forge.system import allow_rebind
 
 #: Addresses in an invitation, at most: people copy it.
 MAX_ADDRESSES = 4
@@ -36,8 +36,7 @@ def check_free(host: str, port: int) -> None:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with suppress(socket.gaierror), socket.socket(family) as probe:
-        if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was used a moment ago is free
+        allow_rebind(probe)
         try:
             probe.bind((host.strip("[]"), port))
         except socket.gaierror:

@@ -30,6 +30,7 @@ import psutil
 from forge.errors import ForgeError, StorageError, storage_errors
 from forge.files import create_private, remove_temporaries, replace_private
 from forge.invitation import SERVER_NAME, fingerprint
+from forge.system import keep_private
 
 DIRECTORY = "tls"
 CA_FILE, SERVER_FILE = "ca.pem", "server.pem"
@@ -60,8 +61,7 @@ class Authority:
         self._lock = threading.Lock()
         with storage_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            if os.name == "posix" and self._directory.stat().st_mode & 0o077:
-                os.chmod(self._directory, 0o700)
+            keep_private(self._directory)
         if not (self._directory / CA_FILE).exists():
             create_private(self._directory / CA_FILE, _new_ca(self._now()))
         self._key, self._certificate = _load(self._directory / CA_FILE)
@@ -216,8 +216,7 @@ def _pem(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> byte
 def _load(path: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     with storage_errors(path):
         data = path.read_bytes()
-        if os.name == "posix" and path.stat().st_mode & 0o077:
-            os.chmod(path, 0o600)
+        keep_private(path)
     try:
         key = serialization.load_pem_private_key(data, password=None)
         certificate = x509.load_pem_x509_certificate(data)

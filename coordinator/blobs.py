@@ -23,6 +23,7 @@ from forge.config import ModelConfig
 from forge.errors import NetworkError, ProtocolError, ShardError, StorageError, storage_errors
 from forge.files import BlobStore, hash_file
 from forge.model.names import expert_tensors
+from forge.system import sync_directory
 
 #: Bytes that the header of a shard's safetensors file may take: about 150 a tensor, plus metadata.
 HEADER_BYTES = 1 << 20
@@ -227,10 +228,11 @@ class Uploads:
                 raise ShardError("The shard arrived twice with other bytes than its sha256 stands for: its file is "
                                  "damaged.")  # fmt: skip
             raise UploadInterruptedError("The shard arrived damaged: send it again.")
-        with storage_errors(path), open(path, "rb") as file:
-            os.fsync(file.fileno())
+        with storage_errors(path):
+            with open(path, "r+b") as file:  # Windows syncs what may be written.
+                os.fsync(file.fileno())
             os.replace(path, self.store.path(sha256))
-            _sync_directory(self.store.directory)
+            sync_directory(self.store.directory)
         with self._lock:
             self._open.pop(sha256, None)
             self._of_lease = {lease: held for lease, held in self._of_lease.items() if held[1] != sha256}
@@ -261,13 +263,3 @@ def _write_all(file: FileIO, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-import os
 from pathlib import Path
 import threading
 from typing import Any, Protocol
 
 from forge.errors import ForgeError
 from forge.jobs import Job
+from forge.system import set_priority
 
 #: Seconds that shared training gets to write its last checkpoint when the coordinator is stopped.
 GRACE_SECONDS = 20.0
@@ -60,9 +59,7 @@ class JobRunner:
                 raise Stopped
             job = Job(name, arguments | {"ram_bytes": self._ram_bytes}, log=self._log, ram_bytes=self._ram_bytes)
             self._running[job] = arguments.get("stage") == "shared"
-        if hasattr(os, "setpriority"):
-            with suppress(OSError):  # It is over already.
-                os.setpriority(os.PRIO_PROCESS, job.pid, NICE)
+        set_priority(job.pid, NICE)
         try:
             for event in job.events():
                 on_progress(event)

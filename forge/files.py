@@ -19,7 +19,7 @@ import uuid
 from forge.config import RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.plain_yaml import read_yaml
-from forge.system import lock
+from forge.system import lock, sync_directory
 from forge.vocabulary import CHUNK_BYTES
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -43,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -66,14 +66,14 @@ def create_private(path: Path, data: bytes) -> None:
         except OSError:  # A file system without hard links.
             if not path.exists():
                 os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def replace_private(path: Path, data: bytes) -> None:
     """Like `create_private`, but what was there before is replaced."""
     with storage_errors(path), _private_temporary(path, data) as temporary:
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 @contextmanager
@@ -177,10 +177,10 @@ class BlobStore:
         sha256 = hash_file(file)
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with open(file, "rb") as handle:
+            with open(file, "r+b") as handle:  # Windows syncs what may be written.
                 os.fsync(handle.fileno())
             os.replace(file, self.path(sha256))
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
         return sha256
 
 
@@ -308,14 +308,3 @@ def _undo(root: Path, before: set[str], missing: list[Path]) -> None:
     for directory in missing:
         with suppress(OSError):  # Somebody else put something into it.
             directory.rmdir()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make renames in `directory` durable, where the system can open directories (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

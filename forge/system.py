@@ -1,12 +1,15 @@
-"""What the operating system knows: the one module of `forge` with platform-specific calls."""
+"""What the operating system knows and does: the one module with calls that only some systems have."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
 from itertools import count
+import math
 import os
 from pathlib import Path
+import socket
+import stat
 import sys
 from typing import Literal
 
@@ -15,6 +18,10 @@ import psutil
 #: Control groups of ours are named after the process that made them, so that those of a killed one can be found.
 _GROUP_PREFIX = "modularforge-"
 _group_numbers = count(1)
+#: cgroup v1 writes "no limit" as a number near 2**63.
+_NO_LIMIT = 1 << 60
+#: The longest path of a Unix socket that every system takes (macOS: 104 with the final zero).
+_MAX_SOCKET_PATH = 100
 
 
 def peak_resident_bytes() -> int:
@@ -35,6 +42,35 @@ def peak_resident_bytes_of(pid: int) -> int:
         return int(getattr(info, "peak_wset", info.rss))
     except (psutil.Error, OSError):
         return 0
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def resident_bytes_of(pid: int) -> int:
+    """Resident set of a process now, in bytes; 0 when it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def physical_cores() -> int:
+    """Physical cores, or logical ones where the system does not tell."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on: the scheduler's affinity, and a container's CPU quota rounded up."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
+    for directory in _cgroup_directories(root, "cpu"):
+        quota = _cpu_quota(directory)
+        if quota is not None:
+            cores = min(cores, max(1, math.ceil(quota)))
+    return max(1, cores)
 
 
 @cache
@@ -67,22 +103,130 @@ def lock(descriptor: int) -> bool:
     return True
 
 
-def resident_bytes() -> int:
-    """Resident set of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def physical_cores() -> int:
-    """Physical cores, or logical ones where the system does not tell."""
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-
-
-def resident_bytes_of(pid: int) -> int:
-    """Resident set of a process now, in bytes; 0 when it is gone."""
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable, where the system can open directories (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def keep_private(path: Path) -> None:
+    """Leave a file or directory to its owner alone when others have rights to it too (Windows keeps those elsewhere)."""
+    mode = path.stat().st_mode
+    if os.name == "posix" and mode & 0o077:
+        os.chmod(path, 0o700 if stat.S_ISDIR(mode) else 0o600)
+
+
+#: Whether bytes of an open file can be read without moving its position, which threads share (not on Windows).
+READS_AT = hasattr(os, "pread")
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """At most `size` bytes of an open file from `offset` on, where `READS_AT`."""
+    return os.pread(descriptor, min(size, 1 << 30), offset)  # Linux moves at most 2 GiB a call.
+
+
+def allow_rebind(bound: socket.socket) -> None:
+    """Let a socket have a port that was used a moment ago. Windows needs no leave, and would share one that is in use."""
+    if os.name == "posix":
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def listen_here(path: Path) -> socket.socket:
+    """Listen for programs of this machine: on a Unix socket that only its owner may use, or else on a loopback port.
+
+    Args:
+        path: of the socket; one that is there already is replaced. A long path, and a system or file system without such
+            sockets, make it a port.
+    """
+    if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            path.unlink(missing_ok=True)
+            server.bind(str(path))
+            os.chmod(path, 0o600)
+            server.listen()
+            return server
+        except OSError:
+            server.close()
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def connect_here(at: str | tuple[str, int], timeout: float) -> socket.socket:
+    """Connect to what `listen_here` made.
+
+    Args:
+        at: what its `getsockname` says.
+        timeout: seconds for this and for everything that is sent and received.
+
+    Raises:
+        OSError: nobody listens there, or it is another user's.
+    """
+    if not isinstance(at, str):
+        return socket.create_connection(at, timeout)
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        client.settimeout(timeout)
+        client.connect(at)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def set_priority(pid: int, nice: int) -> None:
+    """Give a process another priority for processors, before it starts threads.
+
+    Args:
+        pid: the process; it may be gone.
+        nice: 1 to 19, as of nice(1); Windows knows one low priority only.
+    """
+    with suppress(psutil.Error, OSError):
+        psutil.Process(pid).nice(psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else nice)
+
+
+def stand_back(pid: int, nice: int) -> None:
+    """Give a process and all its threads a low priority for processors, and the lowest for disks.
+
+    Args:
+        pid: the process; it may be gone.
+        nice: as for `set_priority`; 0 leaves it as it is.
+    """
+    if nice == 0:
+        return
+    set_priority(pid, nice)
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process(pid)
+        if sys.platform == "win32":
+            process.ionice(psutil.IOPRIO_VERYLOW)
+        if sys.platform == "linux":
+            # Linux knows priorities of threads; those that are started later inherit them.
+            for thread in process.threads():
+                os.setpriority(os.PRIO_PROCESS, thread.id, nice)
+                psutil.Process(thread.id).ionice(psutil.IOPRIO_CLASS_IDLE)
+            # And where it schedules by session, priorities count within a session only, and each has one of its own: sched(7).
+            if os.getsid(pid) == pid:
+                Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+
+
+def cgroup_memory(root: Path = Path("/")) -> tuple[int | None, int]:
+    """The tightest memory limit of the control groups (v1 or v2) this process is in, and the bytes used under it.
+
+    The page cache that the kernel gives back when asked is not counted as used. Without a limit: (None, 0).
+    """
+    tightest: int | None = None
+    used = 0
+    for directory in _cgroup_directories(root, "memory"):
+        limit = _number(directory / "memory.max") or _number(directory / "memory.limit_in_bytes")
+        if limit is None or limit >= _NO_LIMIT or (tightest is not None and limit >= tightest):
+            continue
+        charged = _number(directory / "memory.current") or _number(directory / "memory.usage_in_bytes") or 0
+        tightest, used = limit, max(0, charged - _reclaimable(directory))
+    return tightest, used
 
 
 class MemoryGroup:
@@ -164,6 +308,47 @@ def _remove_leftovers(parent: Path) -> None:
         maker = directory.name.removeprefix(_GROUP_PREFIX).split("-")[0]
         if maker.isdigit() and not psutil.pid_exists(int(maker)):
             MemoryGroup(directory).remove()
+
+
+def _cgroup_directories(root: Path, controller: str) -> list[Path]:
+    """Directories of this process's control groups and their parents, innermost first; v2 and v1 mount points."""
+    base = root / "sys/fs/cgroup"
+    directories: list[Path] = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = base / controller if controllers else base
+        inner = mount / path.lstrip("/")
+        while inner != mount and mount in inner.parents:
+            directories.append(inner)
+            inner = inner.parent
+        directories.append(mount)
+    return [directory for directory in directories if directory.is_dir()]
+
+
+def _cpu_quota(directory: Path) -> float | None:
+    words = " ".join(_lines(directory / "cpu.max")).split()
+    if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
+        return int(words[0]) / int(words[1])
+    quota, period = _number(directory / "cpu.cfs_quota_us"), _number(directory / "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 else None
+
+
+def _reclaimable(directory: Path) -> int:
+    for line in _lines(directory / "memory.stat"):
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import hmac
 import json
-import os
 from pathlib import Path
 import secrets
 import socket
@@ -19,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from forge.errors import AccessError, NetworkError, storage_errors
+from forge.system import connect_here, listen_here
 
 if TYPE_CHECKING:
     from node.guest import Guest
@@ -28,8 +28,6 @@ CONTROL_FILE, SOCKET_FILE = "control.json", "node.sock"
 ANSWER_SECONDS = 10.0
 #: Longest line that either end reads.
 _MAX_BYTES = 64 << 10
-#: The longest path of a Unix socket that every system takes (macOS: 104 with the final zero).
-_MAX_PATH = 100
 
 
 @contextmanager
@@ -48,7 +46,7 @@ def listening(data_dir: Path, guest: Guest, facts: Callable[[], dict[str, Any]])
 
     secret, path = secrets.token_hex(32), data_dir / SOCKET_FILE
     with storage_errors(data_dir):
-        server = _listen(path)
+        server = listen_here(path)  # The lock says that no other agent runs.
         where = server.getsockname()
         replace_private(data_dir / CONTROL_FILE, json.dumps({"at": where, "secret": secret}).encode())
     threading.Thread(target=_serve, args=(server, secret, guest, facts), name="control", daemon=True).start()
@@ -109,30 +107,8 @@ def describe(answer: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _listen(path: Path) -> socket.socket:
-    """A Unix socket at `path`, or else a loopback port."""
-    if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) <= _MAX_PATH:
-        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            path.unlink(missing_ok=True)  # Of an agent that was killed: the lock says that none runs.
-            server.bind(str(path))
-            os.chmod(path, 0o600)
-            server.listen()
-            return server
-        except OSError:  # A file system without sockets.
-            server.close()
-    return socket.create_server(("127.0.0.1", 0))
-
-
 def _exchange(at: Any, request: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(at, str):
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        client.settimeout(ANSWER_SECONDS)
-    else:
-        client = socket.create_connection((at[0], at[1]), timeout=ANSWER_SECONDS)
-    with client:
-        if isinstance(at, str):
-            client.connect(at)
+    with connect_here(at if isinstance(at, str) else (at[0], at[1]), ANSWER_SECONDS) as client:
         client.sendall(json.dumps(request).encode() + b"\n")
         return dict(json.loads(_line(client)))
 

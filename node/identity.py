@@ -6,13 +6,13 @@ only. The same key always becomes the same node, so deleting the file makes a st
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from forge.errors import StorageError, storage_errors
 from forge.files import create_private
+from forge.system import keep_private
 
 KEY_FILE = "node.key"
 KEY_BYTES = 32
@@ -39,7 +39,7 @@ class Identity:
         with storage_errors(path):
             if not path.exists():
                 create_private(path, Ed25519PrivateKey.generate().private_bytes_raw())
-            os.chmod(path, 0o600)
+            keep_private(path)
             private_bytes = path.read_bytes()
         if len(private_bytes) != KEY_BYTES:
             raise StorageError(f"The node's key {path} is damaged ({len(private_bytes)} bytes instead of {KEY_BYTES}): "

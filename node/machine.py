@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import importlib.util
-import math
-import os
 from pathlib import Path
 import platform
 import re
@@ -18,6 +16,7 @@ import socket
 import psutil
 
 from forge.errors import ConfigError, MemoryBudgetError
+from forge.system import cgroup_memory, usable_cores
 
 GIB = 1 << 30
 #: Memory that stays free for the owner where that can be, a share of the machine's within these bounds. A browser and a
@@ -26,8 +25,6 @@ RESERVE_SHARE = 1 / 8
 RESERVE_BYTES = (GIB // 2, 4 * GIB)
 #: Without --ram: never more than this, which is enough for every packaged config.
 DEFAULT_RAM_CAP = 8 * GIB
-#: cgroup v1 writes "no limit" as a number near 2**63.
-_NO_LIMIT = 1 << 60
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -95,33 +92,6 @@ class MachineProfile:
                 f"give at most --ram {max(1, self.memory_bytes >> 20)}M.")  # fmt: skip
 
 
-def usable_cores(root: Path = Path("/")) -> int:
-    """Cores this process may run on: the scheduler's affinity, and a container's CPU quota rounded up."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
-    for directory in _cgroup_directories(root, "cpu"):
-        quota = _cpu_quota(directory)
-        if quota is not None:
-            cores = min(cores, max(1, math.ceil(quota)))
-    return max(1, cores)
-
-
-def cgroup_memory(root: Path = Path("/")) -> tuple[int | None, int]:
-    """The tightest memory limit of the control groups (v1 or v2) this process is in, and the bytes used under it.
-
-    The page cache that the kernel gives back when asked is not counted as used. Without a limit: (None, 0).
-    """
-    tightest: int | None = None
-    used = 0
-    for directory in _cgroup_directories(root, "memory"):
-        limit = _number(directory / "memory.max") or _number(directory / "memory.limit_in_bytes")
-        if limit is None or limit >= _NO_LIMIT or (tightest is not None and limit >= tightest):
-            continue
-        charged = _number(directory / "memory.current") or _number(directory / "memory.usage_in_bytes") or 0
-        tightest, used = limit, max(0, charged - _reclaimable(directory))
-    return tightest, used
-
-
 def resolve_device(device: str, root: Path = Path("/")) -> str:
     """Turn `auto` into cpu, cuda or mps, and check that a device that was named is here.
 
@@ -158,51 +128,3 @@ def _torch_built_with(*toolkits: str) -> bool:
     except OSError:
         return False
     return any(re.search(rf"^{toolkit}\b[^=\n]*=\s*['\"]", text, re.MULTILINE) for toolkit in toolkits)
-
-
-def _cgroup_directories(root: Path, controller: str) -> list[Path]:
-    """Directories of this process's control groups and their parents, innermost first; v2 and v1 mount points."""
-    base = root / "sys/fs/cgroup"
-    directories: list[Path] = []
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if controllers and controller not in controllers.split(","):
-            continue
-        mount = base / controller if controllers else base
-        inner = mount / path.lstrip("/")
-        while inner != mount and mount in inner.parents:
-            directories.append(inner)
-            inner = inner.parent
-        directories.append(mount)
-    return [directory for directory in directories if directory.is_dir()]
-
-
-def _cpu_quota(directory: Path) -> float | None:
-    words = " ".join(_lines(directory / "cpu.max")).split()
-    if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
-        return int(words[0]) / int(words[1])
-    quota, period = _number(directory / "cpu.cfs_quota_us"), _number(directory / "cpu.cfs_period_us")
-    return quota / period if quota and period and quota > 0 else None
-
-
-def _reclaimable(directory: Path) -> int:
-    for line in _lines(directory / "memory.stat"):
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file") and value.isdigit():
-            return int(value)
-    return 0
-
-
-def _number(path: Path) -> int | None:
-    text = "".join(_lines(path)).strip()
-    try:
-        return int(text)
-    except ValueError:
-        return None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []

@@ -1,4 +1,4 @@
-"""What the operating system tells of a machine's owner, and how training stands back for them.
+"""What the operating system tells of a machine's owner.
 
 A sign of the owner is input, where it can be seen (Linux: terminals, and the counters of keyboards, mice and touchpads that
 every user may read), or that other processes keep a processor busy. Work of low priority counts for nobody: it stands
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-import os
 from pathlib import Path
-import sys
 import time
 
 import psutil
@@ -87,32 +85,6 @@ def others_cpu_seconds() -> float:
             theirs = child.cpu_times()
             own += theirs.system + (0.0 if apart else theirs.user)
     return float(busy - own)
-
-
-def stand_back(pid: int, nice: int = LOWEST) -> None:
-    """Give a process a low priority for processors, and the lowest for disks; 0 leaves it as it is.
-
-    Args:
-        pid: the process; it may be gone.
-        nice: 0 to 19, as of nice(1); Windows knows one low priority only.
-    """
-    if nice == 0:
-        return
-    with suppress(psutil.Error, OSError):
-        process = psutil.Process(pid)
-        if sys.platform == "win32":
-            process.nice(psutil.IDLE_PRIORITY_CLASS)
-            process.ionice(psutil.IOPRIO_VERYLOW)
-            return
-        process.nice(nice)
-        if sys.platform == "linux":
-            # Linux knows priorities of threads; those that are started later inherit them.
-            for thread in process.threads():
-                os.setpriority(os.PRIO_PROCESS, thread.id, nice)
-                psutil.Process(thread.id).ionice(psutil.IOPRIO_CLASS_IDLE)
-            # And where it schedules by session, priorities count within a session only, and each has one of its own: sched(7).
-            if os.getsid(pid) == pid:
-                Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def _input_marks(root: Path) -> Iterator[tuple[str, float]]:

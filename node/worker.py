@@ -15,12 +15,13 @@ import signal
 import threading
 from typing import Any, Protocol
 
+from forge.system import stand_back
 from node.cache import CHILD_FILE, note_child
 from node.console import Budget, Console
 from node.heartbeat import Heartbeats
 from node.messages import Order, Progress
 from node.rules import Hold
-from node.senses import LOWEST, stand_back
+from node.senses import LOWEST
 
 #: Seconds between two looks at the coordinator's orders.
 LOOK_SECONDS = 0.5

@@ -1,4 +1,4 @@
-"""The choice of a control group on trees of real files, and the kernel's limit where this machine lets us set one.
+"""Control groups on trees of real files, the kernel's limit where this machine lets us set one, priorities, files, sockets.
 
 A tree of plain files has the files that a process finds; what the kernel does with them is tested on the kernel alone.
 """
@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from forge.system import MemoryGroup, memory_group_parent, resident_bytes_of
+from forge.system import (
+    MemoryGroup,
+    cgroup_memory,
+    connect_here,
+    keep_private,
+    listen_here,
+    memory_group_parent,
+    read_at,
+    resident_bytes_of,  # fmt: skip
+    stand_back,
+    usable_cores,
+)
 
 SCOPE = "user.slice/app.slice/terminal.scope"
 
@@ -125,3 +138,99 @@ def test_the_kernel_kills_at_the_limit_and_leaves_nothing() -> None:
     group.remove()
     parent = memory_group_parent()
     assert parent is not None and not list(parent.glob(f"modularforge-{os.getpid()}-*"))
+
+
+def _write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_cgroup_v2_takes_the_tightest_limit_and_gives_back_the_page_cache(tmp_path: Path) -> None:
+    root = _write(tmp_path, {
+        "proc/self/cgroup": "0::/outer/inner\n", "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+        "sys/fs/cgroup/outer/memory.max": "1000\n", "sys/fs/cgroup/outer/memory.current": "700\n",
+        "sys/fs/cgroup/outer/memory.stat": "anon 1\ninactive_file 200\n",
+        "sys/fs/cgroup/outer/inner/cpu.max": "100000 100000\n",
+    })  # fmt: skip
+    assert cgroup_memory(root) == (1000, 500)
+    assert usable_cores(root) == 1
+
+
+def test_cgroup_v1(tmp_path: Path) -> None:
+    root = _write(tmp_path, {
+        "proc/self/cgroup": "5:memory:/box\n3:cpu,cpuacct:/box\n",
+        "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "2000\n",
+        "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "300\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "50000\n", "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+    })  # fmt: skip
+    assert cgroup_memory(root) == (2000, 300)
+    assert usable_cores(root) == 1
+
+
+def test_no_cgroup(tmp_path: Path) -> None:
+    assert cgroup_memory(tmp_path) == (None, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads and of disk access are Linux's")
+def test_every_thread_stands_back_and_those_to_come() -> None:
+    code = ("import sys, threading\n"
+            "def start(): threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+            "start(); print('one', flush=True); sys.stdin.readline()\n"
+            "start(); print('two', flush=True); sys.stdin.read()")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as child:  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        stand_back(child.pid, 19)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        threads = [thread.id for thread in psutil.Process(child.pid).threads()]
+        assert len(threads) == 3
+        assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads] == [19] * 3
+        assert psutil.Process(child.pid).ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
+        group = Path(f"/proc/{child.pid}/autogroup")
+        assert not group.exists() or group.read_text().split()[-2:] == ["nice", "19"]
+        child.stdin.close()
+    stand_back(child.pid, 19)  # It is gone, and nobody minds.
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_what_others_may_use_becomes_the_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(b"")
+    for before, after in ((0o644, 0o600), (0o755, 0o600), (0o400, 0o400)):
+        path.chmod(before)
+        keep_private(path)
+        assert path.stat().st_mode & 0o777 == after
+    tmp_path.chmod(0o755)
+    keep_private(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("name", ["node.sock", "a long name" * 20])
+def test_programs_of_this_machine_talk_over_a_socket_or_a_port(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with listen_here(path):
+        pass  # As of a program that was killed: its socket is still there.
+    with listen_here(path) as server:
+        assert not path.exists() or path.stat().st_mode & 0o777 == 0o600
+        with connect_here(server.getsockname(), timeout=10) as client, server.accept()[0] as served:
+            client.sendall(b"hello")
+            assert served.recv(5) == b"hello"
+        at = server.getsockname()
+    assert path.exists() == isinstance(at, str) == (len(name) < 20 and hasattr(socket, "AF_UNIX"))
+    with pytest.raises(OSError):
+        connect_here(at, timeout=10)
+
+
+def test_a_part_of_an_open_file_is_read_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(bytes(range(100)))
+    with open(path, "rb") as file:
+        assert read_at(file.fileno(), 10, 90) == read_at(file.fileno(), 20, 90) == bytes(range(90, 100))
+        assert file.tell() == 0

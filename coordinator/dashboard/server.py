@@ -7,7 +7,6 @@ from collections.abc import Callable
 import contextlib
 import ipaddress
 import logging
-import os
 import socket
 import threading
 from typing import Any
@@ -21,6 +20,7 @@ from coordinator.dashboard.prompt import PROMPT_PATH
 from coordinator.jobs import RunJob
 from coordinator.snapshot import Json
 from forge.errors import NetworkError
+from forge.system import allow_rebind
 from forge.vocabulary import DASHBOARD_PORT
 
 #: Connections at the same time, watching pages included. The coordinator's file descriptors are the nodes' first.
@@ -182,8 +182,7 @@ def _bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         try:
-            if os.name == "posix":  # Elsewhere it would share a port that is in use; here it spares the wait after a stop.
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            allow_rebind(bound)
             bound.bind(address)
             bound.listen(64)
         except OSError:

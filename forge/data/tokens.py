@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from forge.errors import StorageError, storage_errors
 from forge.files import atomic_file
+from forge.system import READS_AT, read_at
 
 #: Bytes kept for the header: a JSON object of two tensors (under 300 bytes) and short metadata; a multiple of 8, so
 #: that the tokens are aligned.
@@ -193,7 +194,7 @@ class TokenFile:
             StorageError: the file became shorter since it was opened.
         """
         size = self._dtype.itemsize
-        if not hasattr(os, "pread"):  # Windows
+        if not READS_AT:
             return np.array(self.tokens[start:stop])
         data = self._pread(self._start + start * size, (stop - start) * size)
         return np.frombuffer(data, dtype=self._dtype)
@@ -202,8 +203,7 @@ class TokenFile:
         parts: list[bytes] = []
         while count > 0:
             with storage_errors(self.path):
-                # Linux moves at most 2 GiB a call.
-                part = os.pread(self._descriptor, min(count, 1 << 30), offset)
+                part = read_at(self._descriptor, count, offset)
             if not part:
                 raise self._damaged("it is truncated")
             parts.append(part)

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from node.senses import LOAD_SECONDS, Senses, others_cpu_seconds, stand_back
+from node.senses import LOAD_SECONDS, Senses, others_cpu_seconds
 
 INTERRUPTS = """\
             CPU0       CPU1
@@ -127,27 +127,3 @@ def test_cpu_time_of_other_processes_counts_and_that_of_our_children_does_not() 
     assert machine - others > 0.4
     machine, others = _spent(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}], stdin=0)")
     assert others > 0.4
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads and of disk access are Linux's")
-def test_every_thread_stands_back_and_those_to_come() -> None:
-    code = ("import sys, threading\n"
-            "def start(): threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-            "start(); print('one', flush=True); sys.stdin.readline()\n"
-            "start(); print('two', flush=True); sys.stdin.read()")  # fmt: skip
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          start_new_session=True) as child:  # fmt: skip
-        assert child.stdin is not None and child.stdout is not None
-        child.stdout.readline()
-        stand_back(child.pid)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        child.stdout.readline()
-        threads = [thread.id for thread in psutil.Process(child.pid).threads()]
-        assert len(threads) == 3
-        assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads] == [19] * 3
-        assert psutil.Process(child.pid).ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
-        group = Path(f"/proc/{child.pid}/autogroup")
-        assert not group.exists() or group.read_text().split()[-2:] == ["nice", "19"]
-        child.stdin.close()
-    stand_back(child.pid)  # It is gone, and nobody minds.
