@@ -186,7 +186,9 @@ def set_priority(pid: int, nice: int) -> None:
         nice: 1 to 19, as of nice(1); Windows knows one low priority only.
     """
     with suppress(psutil.Error, OSError):
-        psutil.Process(pid).nice(psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else nice)
+        if sys.platform == "win32":
+            nice = psutil.IDLE_PRIORITY_CLASS
+        psutil.Process(pid).nice(nice)
 
 
 def stand_back(pid: int, nice: int) -> None:
