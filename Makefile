@@ -41,6 +41,7 @@ test-llama: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy forge coordinator node benchmarks tests docs
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 forge coordinator node
 	PYTHON=$(BIN)/python $(BIN)/python benchmarks/check_proto.py
 	$(BIN)/python -m pytest -q tests/test_layout.py
 

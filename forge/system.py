@@ -11,6 +11,7 @@ from pathlib import Path
 import socket
 import stat
 import sys
+import threading
 from typing import Literal
 
 import psutil
@@ -18,6 +19,8 @@ import psutil
 #: Control groups of ours are named after the process that made them, so that those of a killed one can be found.
 _GROUP_PREFIX = "modularforge-"
 _group_numbers = count(1)
+#: Held while an open file is where one thread reads, on Windows: there a read moves its position.
+_positions = threading.Lock()
 #: cgroup v1 writes "no limit" as a number near 2**63.
 _NO_LIMIT = 1 << 60
 #: The longest path of a Unix socket that every system takes (macOS: 104 with the final zero).
@@ -121,13 +124,14 @@ def keep_private(path: Path) -> None:
         os.chmod(path, 0o700 if stat.S_ISDIR(mode) else 0o600)
 
 
-#: Whether bytes of an open file can be read without moving its position, which threads share (not on Windows).
-READS_AT = hasattr(os, "pread")
-
-
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """At most `size` bytes of an open file from `offset` on, where `READS_AT`."""
-    return os.pread(descriptor, min(size, 1 << 30), offset)  # Linux moves at most 2 GiB a call.
+    """At most `size` bytes of an open file from `offset` on, for any thread that reads in no other way."""
+    size = min(size, 1 << 30)  # Linux moves at most 2 GiB a call.
+    if sys.platform == "win32":
+        with _positions:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.read(descriptor, size)
+    return os.pread(descriptor, size, offset)
 
 
 def allow_rebind(bound: socket.socket) -> None:
@@ -143,7 +147,7 @@ def listen_here(path: Path) -> socket.socket:
         path: of the socket; one that is there already is replaced. A long path, and a system or file system without such
             sockets, make it a port.
     """
-    if hasattr(socket, "AF_UNIX") and len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
+    if sys.platform != "win32" and len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
@@ -168,6 +172,8 @@ def connect_here(at: str | tuple[str, int], timeout: float) -> socket.socket:
     """
     if not isinstance(at, str):
         return socket.create_connection(at, timeout)
+    if sys.platform == "win32":
+        raise ConnectionRefusedError("a Unix socket, and this is Windows")
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         client.settimeout(timeout)

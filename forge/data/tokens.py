@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from forge.errors import StorageError, storage_errors
 from forge.files import atomic_file
-from forge.system import READS_AT, read_at
+from forge.system import read_at
 
 #: Bytes kept for the header: a JSON object of two tensors (under 300 bytes) and short metadata; a multiple of 8, so
 #: that the tokens are aligned.
@@ -194,8 +194,6 @@ class TokenFile:
             StorageError: the file became shorter since it was opened.
         """
         size = self._dtype.itemsize
-        if not READS_AT:
-            return np.array(self.tokens[start:stop])
         data = self._pread(self._start + start * size, (stop - start) * size)
         return np.frombuffer(data, dtype=self._dtype)
 
