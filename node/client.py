@@ -31,6 +31,7 @@ from node.connection import (
     Patience,
     StalledError,
     Watchdog,
+    asks_again,
     first_error,
     forge_error,
     is_transient,
@@ -373,8 +374,9 @@ class FleetClient:
         """
         try:
             yield
-        except (grpc.RpcError, StalledError):
-            self._chunk = max(SMALLEST_CHUNK_BYTES, self._chunk // 2)
+        except (grpc.RpcError, StalledError) as error:
+            if is_transient(error) and not asks_again(error):
+                self._chunk = max(SMALLEST_CHUNK_BYTES, self._chunk // 2)
             raise
         self._chunk = min(CHUNK_BYTES, 2 * self._chunk)
 

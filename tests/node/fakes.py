@@ -57,6 +57,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.released: list[str] = []
         self.calls: list[str] = []
         self.fetch_offsets: list[int] = []
+        self.fetch_chunks: list[int] = []
         self.upload_offsets: list[int] = []
         # Faults: bytes after which one stream is cut, replies that are lost, refusals as (status, code, sentence).
         self.cut_fetch: list[int] = []
@@ -168,6 +169,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
     def FetchBlob(self, request: pb.FetchBlobRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchBlobResponse]:
         self._enter("FetchBlob", context)
         self.fetch_offsets.append(request.offset)
+        self.fetch_chunks.append(request.chunk_bytes)
         data, sent = self.blobs[request.sha256][request.offset :], 0
         cut = self.cut_fetch.pop(0) if self.cut_fetch else None
         stall = self.stall_fetch.pop(0) if self.stall_fetch else None

@@ -84,6 +84,23 @@ def test_a_line_that_breaks_within_every_large_message_gets_small_ones(
     assert len(coordinator.upload_offsets) == 2
 
 
+def test_a_coordinator_that_asks_to_come_back_does_not_make_messages_smaller(
+        client: FleetClient, coordinator: FakeCoordinator, tmp_path: Path) -> None:  # fmt: skip
+    said_twice: list[str] = []
+
+    def wait(text: str) -> None:
+        said_twice.append(text)
+        if len(said_twice) == 2:
+            coordinator.refusals.clear()
+
+    client._on_wait = wait
+    coordinator.refusals["FetchBlob"] = (grpc.StatusCode.ABORTED, "error", "busy")
+    _fetch(client, coordinator, tmp_path / "blob")
+    coordinator.cut_fetch = [0]
+    _fetch(client, coordinator, tmp_path / "again")
+    assert len(said_twice) == 3 and coordinator.fetch_chunks == [256 << 10, 256 << 10, 128 << 10]
+
+
 def test_a_download_goes_on_from_the_part_of_a_killed_process(client: FleetClient, coordinator: FakeCoordinator,
                                                               tmp_path: Path) -> None:  # fmt: skip
     (tmp_path / "blob.part").write_bytes(coordinator.blobs[coordinator.shared][:12345])
