@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-faults test-network test-lan test-llama fuzz soak check docs format clean
 .PHONY: bench bench-quality bench-speed bench-billion bench-fleet bench-transfer bench-assembly bench-generation \
-	bench-prepare bench-memory bench-startup bench-attacks bench-audit
+	bench-prepare bench-memory bench-startup bench-attacks bench-audit bench-busy
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --run-dir runs/demo
@@ -53,6 +53,10 @@ bench-quality: $(VENV)/.installed
 
 bench-speed: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.speed --output benchmarks/results/speed.md $(ARGS)
+
+# Beside programs that keep a processor busy, as on a machine that somebody uses.
+bench-busy: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.busy $(ARGS)
 
 # A billion parameters in 8 GB: an hour on two cores.
 bench-billion: $(VENV)/.installed

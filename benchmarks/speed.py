@@ -53,14 +53,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--child", nargs=3, metavar=("RIVAL", "PHASE", "MICRO_BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = load_config(options.config, [*options.set, *_length(options.config, options.set, options.steps)])
+    config = load_config(options.config, [*options.set, *lengths(options.config, options.set, options.steps)])
     if options.child is not None:
         rival, phase, micro_batch = options.child
         print(json.dumps(RIVALS[rival](config, phase, int(micro_batch))))
         return 0
     lines = [_heading(options.threads)]
     with tempfile.TemporaryDirectory(prefix="forge-speed-") as directory:
-        _random_corpus(RunDirectory.open(Path(directory) / "corpus", config))
+        random_corpus(RunDirectory.open(Path(directory) / "corpus", config))
         for phase in options.phases:
             lines += _compare(config, phase, options, Path(directory))
     if options.output is not None:
@@ -68,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def _length(name: str, overrides: list[str], steps: int) -> list[str]:
+def lengths(name: str, overrides: list[str], steps: int) -> list[str]:
     """Overrides that give both phases `steps` timed steps."""
     config = load_config(name, overrides)
     return [f"train.{stage}.tokens={(steps + _WARM_UP) * config.step_tokens(stage)}" for stage in ("shared", "expert")]
@@ -89,7 +89,7 @@ def _heading(threads: int) -> str:
     return heading
 
 
-def _random_corpus(run: RunDirectory) -> None:
+def random_corpus(run: RunDirectory) -> None:
     """The files that the prepare stage would leave, of random tokens."""
     vocabulary, generator = run.config.model.vocab_size, np.random.default_rng(0)
     run.data.mkdir(parents=True, exist_ok=True)
@@ -106,13 +106,13 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
     batch, corpus = config.batch_size(phase), directory / "corpus"
 
     def ours() -> dict[str, Any]:
-        return _ours(config, phase, options, corpus, directory / f"{phase}-{time.monotonic_ns()}")
+        return measure_ours(config, phase, options, corpus, directory / f"{phase}-{time.monotonic_ns()}")
 
     def rival(name: str, micro_batch: int) -> Callable[[], dict[str, Any]]:
-        return lambda: _child(name, phase, micro_batch, options)
+        return lambda: measure_rival(name, phase, micro_batch, options)
 
     sizes = [size for size in (1, 2, 4, 8) if batch % size == 0 and size < batch]
-    tried = {size: median(_child("trainer", phase, size, options)["tokens_per_second"]) for size in sizes}
+    tried = {size: median(measure_rival("trainer", phase, size, options)["tokens_per_second"]) for size in sizes}
     best = max(tried, key=lambda size: tried[size])
     print(f"{phase}: the Trainer by micro-batch: " + ", ".join(f"{m}: {v:,.0f}" for m, v in tried.items()), flush=True)
     rows = {"ours": ours, f"Trainer, batch {batch}": rival("trainer", batch),
@@ -137,7 +137,7 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
     return lines
 
 
-def _ours(config: RunConfig, phase: str, options: argparse.Namespace, corpus: Path, root: Path) -> dict[str, Any]:
+def measure_ours(config: RunConfig, phase: str, options: argparse.Namespace, corpus: Path, root: Path) -> dict[str, Any]:
     """One training process of ours; the expert phase trains on what a first shared phase left."""
     prepared = RunDirectory.open(corpus, config)
     ram = parse_size(options.ram)
@@ -166,7 +166,7 @@ def _ours(config: RunConfig, phase: str, options: argparse.Namespace, corpus: Pa
     return {"tokens_per_second": rates[_WARM_UP:], "peak_bytes": facts["peak_bytes"]}
 
 
-def _child(rival: str, phase: str, micro_batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure_rival(rival: str, phase: str, micro_batch: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.speed", "--config", options.config, "--set", *options.set, "--steps",
                str(options.steps), "--child", rival, phase, str(micro_batch)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}

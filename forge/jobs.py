@@ -23,7 +23,14 @@ import time
 from typing import IO, Any
 
 from forge.errors import BY_CODE, ForgeError, MemoryBudgetError, storage_errors
-from forge.system import MemoryGroup, memory_group_parent, peak_resident_bytes, resident_bytes, resident_bytes_of
+from forge.system import (
+    MemoryGroup,
+    memory_group_parent,
+    peak_resident_bytes,
+    resident_bytes,
+    resident_bytes_of,
+    wait_asleep,
+)
 from forge.train.memory import MB, format_size
 
 #: Seconds between two looks at a child's resident memory.
@@ -273,6 +280,7 @@ def _progress_event(**fields: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the child process."""
+    wait_asleep()
     # Events own the real stdout; whatever a library prints goes to stderr instead of between them.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -21,6 +21,8 @@ _GROUP_PREFIX = "modularforge-"
 _group_numbers = count(1)
 #: Held while an open file is where one thread reads, on Windows: there a read moves its position.
 _positions = threading.Lock()
+#: How often a waiting thread looks before it sleeps: a tenth of a millisecond, about what it takes to be woken up.
+_SPINS = "5000"
 #: cgroup v1 writes "no limit" as a number near 2**63.
 _NO_LIMIT = 1 << 60
 #: The longest path of a Unix socket that every system takes (macOS: 104 with the final zero).
@@ -85,6 +87,17 @@ def cpu_products() -> Literal["float32", "bfloat16"]:
         return "float32"
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
     return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "float32"
+
+
+def wait_asleep() -> None:
+    """Have torch's threads wait for each other asleep, but for a first moment; for a process that has not imported it yet.
+
+    GNU's OpenMP, which torch has on Linux, lets a thread that waits look again for some milliseconds. Where other programs
+    want the processors too, that takes from the very thread it waits for: with one such program on two cores training was
+    five to ten times as slow (`benchmarks/busy.py`). Waiting changes no result. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def lock(descriptor: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_a_finished_stage_answers_from_its_marker(tmp_path: Path) -> None:
     run.finish("prepare", {"documents": 7})
     job = Job("stage", {"run_dir": str(run.root), "stage": "prepare"})
     assert job.result()["documents"] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(("policy", "spins"), [(None, "5000"), ("active", "30000000000")])
+def test_threads_wait_for_each_other_asleep_unless_the_user_wants_it_otherwise(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None, spins: str) -> None:  # fmt: skip
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    run = _broken_run(tmp_path)
+    run.finish("prepare", {})
+    with suppress(ForgeError):  # There are no tokens, which is seen when PyTorch is there.
+        Job("stage", {"run_dir": str(run.root), "stage": "shared"}, log=tmp_path / "log").result()
+    assert f"GOMP_SPINCOUNT = '{spins}'" in (tmp_path / "log").read_text()
 
 
 def test_a_killed_child_is_an_error_that_says_so(tmp_path: Path) -> None:
