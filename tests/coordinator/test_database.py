@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 import sqlite3
 import subprocess
@@ -17,6 +17,7 @@ from coordinator.records import Counts
 from coordinator.state import State
 from coordinator.tables import MIGRATIONS, SCHEMA_VERSION, Node
 from forge.errors import StorageError
+from forge.system import resident_bytes
 
 
 def node(number: int) -> Node:
@@ -33,6 +34,20 @@ def test_who_reads_waits_for_nobody_and_sees_what_was_committed(tmp_path: Path) 
             assert session.scalar(count) == 0
     with database.reading() as session:
         assert session.scalar(count) == 1
+    database.close()
+
+
+def test_connections_do_not_each_keep_the_file_in_memory(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "x.db")) as other:
+        other.execute("CREATE TABLE texts (text)")
+        other.executemany("INSERT INTO texts VALUES (?)", [("x" * 1000,)] * 4000)
+        other.commit()
+    database, before = Database(tmp_path / "x.db"), resident_bytes()
+    with ExitStack() as open_at_once:
+        for _ in range(5):
+            session = open_at_once.enter_context(database.reading())
+            assert session.scalar(text("SELECT sum(length(text)) FROM texts")) == 4_000_000
+        assert resident_bytes() - before < 5_000_000  # Less than the 2 MB that SQLite takes for each by itself.
     database.close()
 
 
