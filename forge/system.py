@@ -1,4 +1,7 @@
-"""What the operating system knows and does: the one module with calls that only some systems have."""
+"""What the operating system knows and does: the one module with calls that only some systems have.
+
+psutil is imported where it is used: `forge-node status` and its like, which only open a socket, do without.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ import stat
 import sys
 import threading
 from typing import Literal
-
-import psutil
 
 #: Control groups of ours are named after the process that made them, so that those of a killed one can be found.
 _GROUP_PREFIX = "modularforge-"
@@ -37,6 +38,8 @@ def peak_resident_bytes() -> int:
 
 def peak_resident_bytes_of(pid: int) -> int:
     """Largest resident set that a process ever had, in bytes; 0 when it is gone. Linux keeps it, elsewhere it may be now's."""
+    import psutil
+
     try:
         if sys.platform == "linux":
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -51,11 +54,15 @@ def peak_resident_bytes_of(pid: int) -> int:
 
 def resident_bytes() -> int:
     """Resident set of this process now, in bytes."""
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
 def resident_bytes_of(pid: int) -> int:
     """Resident set of a process now, in bytes; 0 when it is gone."""
+    import psutil
+
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
@@ -64,6 +71,8 @@ def resident_bytes_of(pid: int) -> int:
 
 def physical_cores() -> int:
     """Physical cores, or logical ones where the system does not tell."""
+    import psutil
+
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
@@ -204,6 +213,8 @@ def set_priority(pid: int, nice: int) -> None:
         pid: the process; it may be gone.
         nice: 1 to 19, as of nice(1); Windows knows one low priority only.
     """
+    import psutil
+
     with suppress(psutil.Error, OSError):
         if sys.platform == "win32":
             nice = psutil.IDLE_PRIORITY_CLASS
@@ -217,6 +228,8 @@ def stand_back(pid: int, nice: int) -> None:
         pid: the process; it may be gone.
         nice: as for `set_priority`; 0 leaves it as it is.
     """
+    import psutil
+
     if nice == 0:
         return
     set_priority(pid, nice)
@@ -325,6 +338,8 @@ def _hands_down_memory(directory: Path) -> bool:
 
 def _remove_leftovers(parent: Path) -> None:
     """Remove the groups of processes that were killed; the kernel keeps those that are in use."""
+    import psutil
+
     for directory in parent.glob(f"{_GROUP_PREFIX}*-*"):
         maker = directory.name.removeprefix(_GROUP_PREFIX).split("-")[0]
         if maker.isdigit() and not psutil.pid_exists(int(maker)):

@@ -108,7 +108,7 @@ def test_what_an_owner_types_imports_nothing_heavy(tmp_path: Path) -> None:
     code = ("import pathlib, sys, node.control\n"
             f"try: node.control.ask(pathlib.Path({str(tmp_path)!r}), {{'do': 'status'}})\n"
             "except Exception as error: print(type(error).__name__)\n"
-            "print([m for m in ('grpc', 'pydantic', 'rich', 'yaml') if m in sys.modules])")  # fmt: skip
+            "print([m for m in ('grpc', 'pydantic', 'rich', 'yaml', 'psutil') if m in sys.modules])")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "NetworkError\n[]\n"
 
 
