@@ -147,7 +147,7 @@ class Desk:
         said = output.read_text(errors="replace")
         print(said, end="", flush=True)
         assert process.returncode == int(block.notes.get("exit", 0)), f"{block.where} ended with {process.returncode}:\n{said}"
-        self._invitation = re.findall(r"forge1_\w[\w-]+", said)[-1] if "forge1_" in said else self._invitation
+        self._invitation = next(iter(re.findall(r"forge1_[\w-]+", said)), self._invitation)
 
     def _wait_for(self, awaited: str, process: subprocess.Popen[bytes], output: Path, block: Block) -> None:
         deadline = time.monotonic() + PATIENCE
