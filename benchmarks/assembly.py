@@ -3,10 +3,10 @@
     python -m benchmarks.assembly --mergekit /path/to/bin/mergekit-moe
 
 Each point is a published run of random weights. A child process makes the model directory, in which every expert is a
-placeholder: the shared FFN's bytes, hashed twice (is it the published file, and what tensors does it hold) and copied once an
-expert under the expert's names. Then it hashes every shard's tensors for the lineage, which moves nothing, and accepts every
-shard: a hard link, a lineage, an index and a manifest each, and no byte of a tensor is read. `cp` copies the experts' files of
-the finished model. All end when the disk has everything; the syncs of its small files are what an accepted shard costs.
+placeholder: the shared FFN's bytes, hashed (is it the published file?) and copied once an expert under the expert's names.
+Then it hashes every shard's tensors for the lineage, which moves nothing, and accepts every shard: a hard link, a lineage, an
+index and a manifest each, and no byte of a tensor is read. `cp` copies the experts' files of the finished model. All end when
+the disk has everything; the syncs of its small files are what an accepted shard costs.
 
 mergekit-moe, with a random gate, makes a Mixtral checkpoint of as many dense Mistral models that lie on the disk: the shared
 components and one of the same experts each. Ours beside it is everything from the published run to the model with all experts.

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from forge.checkpoint.assembly import accept, start
-from forge.checkpoint.safetensors_header import TensorEntry, header_bytes
+from forge.checkpoint.safetensors_header import TensorEntry, header_bytes, tensors_sha256
 from forge.config import RunConfig
 from forge.files import RunDirectory, write_json
 from forge.model import names
@@ -87,7 +87,8 @@ def published_run(root: Path, config: RunConfig, tokenizer: Any = None) -> tuple
               "shared_ffn": names.ffn_tensors(model)}  # fmt: skip
     for part, tensors in shapes.items():
         facts[part] = _random_file(run, tensors, model.dtype, rng)
-    facts["shared"] = facts["shared_with_context"]
+    facts["shared"], ffn = facts["shared_with_context"], facts["shared_ffn"]
+    ffn["tensors_sha256"] = tensors_sha256(run.blobs.path(ffn["sha256"]), names.ffn_tensors(model))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_json(run.data / name, {})
     shards = [_random_file(run, names.expert_tensors(model, expert), model.dtype, rng)["sha256"]

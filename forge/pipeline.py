@@ -80,9 +80,11 @@ def _router(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: 
 
 def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop: ShouldStop) -> dict[str, Any]:
     """Gather every blob that leaves this machine, with the loss a shard has to beat on each partition, and its topic."""
+    from forge.checkpoint.safetensors_header import tensors_sha256
     from forge.data.tokenizer import load_tokenizer
     from forge.data.topics import describe_partitions
     from forge.evaluate.validation import load_shared, partition_loss
+    from forge.model import names
 
     config, model = run.config, load_shared(run)
     shared, partitions, router = (run.marker(stage) for stage in ("shared", "partition", "router"))
@@ -94,8 +96,10 @@ def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
     validation = [run.blobs.path(file["validation"]["sha256"]) for file in files]
     for file, topic in zip(files, describe_partitions(validation, load_tokenizer(run.data / "tokenizer.json")), strict=True):
         file["topic"] = topic
+    ffn: dict[str, Any] = shared["shared_ffn"]
+    content = tensors_sha256(run.blobs.path(ffn["sha256"]), names.ffn_tensors(config.model))
     return {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "shared": shared["shared"],
-            "shared_ffn": shared["shared_ffn"], "shared_with_context": router["shared_with_context"],
+            "shared_ffn": ffn | {"tensors_sha256": content}, "shared_with_context": router["shared_with_context"],
             "router": router["router"], "partitions": files}  # fmt: skip
 
 

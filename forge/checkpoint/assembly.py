@@ -25,8 +25,10 @@ from forge.files import RunDirectory, hash_file, link_or_copy, read_json, remove
 from forge.model import names
 from forge.vocabulary import MANIFEST_FILE, ROUTER_FILE, SHARD_FORMAT_VERSION, SHARED_FILE, expert_file
 
-#: Expert files that `start` works on: while one is synced, the next is copied.
+#: Files that `start` reads at a time: while one is hashed or synced, another is copied.
 _AT_A_TIME = 2
+#: The published files that the model is made of, the largest first.
+_COMPONENTS = ("shared_ffn", "shared_with_context", "router")
 #: The manifest is read, changed and written: one change at a time in this process. A run has one assembling process.
 _changing = threading.Lock()
 
@@ -47,15 +49,15 @@ def start(run: RunDirectory) -> None:
         model.mkdir(parents=True, exist_ok=True)
         remove_temporaries(model)
         held = _manifest(model)
-        for part in ("shared_with_context", "router", "shared_ffn"):
-            _check_blob(run, part, published[part]["sha256"])
-        rescaled = _calibration(model, held)
-        if rescaled is None:
-            _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
-        _place(run, published["router"]["sha256"], ROUTER_FILE)
+        ffn = published["shared_ffn"]["sha256"]
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
-            experts = list(pool.map(lambda partition: _settle(
-                run, partition, _row(held, partition), published["shared_ffn"]["sha256"]), range(config.n_experts)))  # fmt: skip
+            list(pool.map(lambda part: _check_blob(run, part, published[part]["sha256"]), _COMPONENTS))
+            rescaled = _calibration(model, held)
+            if rescaled is None:
+                _place(run, published["shared_with_context"]["sha256"], SHARED_FILE)
+            _place(run, published["router"]["sha256"], ROUTER_FILE)
+            experts = list(pool.map(lambda partition: _settle(run, partition, _row(held, partition), ffn),
+                                    range(config.n_experts)))  # fmt: skip
         hf.write_configuration(model, config, run.data)
         _trace(run, published, experts)
         _write(run, published, experts, rescaled)

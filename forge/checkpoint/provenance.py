@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forge.checkpoint.hf import TOKENIZER_FILES
 from forge.checkpoint.safetensors_header import tensors_sha256
-from forge.config import ModelConfig, RunConfig
+from forge.config import RunConfig
 from forge.errors import StorageError
 from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.model import names
@@ -138,7 +138,6 @@ def write_lineage(run: RunDirectory, published: Mapping[str, Any], shards: Mappi
         StorageError: a file is missing, or the model directory cannot be written.
     """
     config = run.config
-    ffn = run.blobs.path(published["shared_ffn"]["sha256"])
     lineage = Lineage(
         format_version=FORMAT_VERSION, run_id=published["run_id"], config_fingerprint=published["config_fingerprint"],
         config=config.model_dump(mode="json"),
@@ -146,7 +145,7 @@ def write_lineage(run: RunDirectory, published: Mapping[str, Any], shards: Mappi
                   partitions=_partitions(published.get("partitions", ()))),
         tokenizer={name: hash_file(run.data / name) for name in TOKENIZER_FILES if (run.data / name).is_file()},
         components={part: published[part]["sha256"] for part in COMPONENTS},
-        shared_ffn_tensors=_ffn_digest(ffn, config.model),
+        shared_ffn_tensors=published["shared_ffn"].get("tensors_sha256") or _ffn_digest(run, published["shared_ffn"]["sha256"]),
         shards=[kept(run, partition, sha256) for partition, sha256 in sorted(shards.items())])  # fmt: skip
     write_json(run.model / PROVENANCE_FILE, lineage.model_dump(mode="json"))
 
@@ -165,9 +164,9 @@ def read_lineage(model_dir: Path) -> Lineage:
 
 
 @lru_cache(maxsize=1)
-def _ffn_digest(blob: Path, model: ModelConfig) -> str:
-    """Of a blob, which never changes: every accepted shard writes the lineage, and reads no other expert for it."""
-    return tensors_sha256(blob, names.ffn_tensors(model))
+def _ffn_digest(run: RunDirectory, sha256: str) -> str:
+    """Of a blob that a version published which did not note it; once a process, as every accepted shard asks."""
+    return tensors_sha256(run.blobs.path(sha256), names.ffn_tensors(run.config.model))
 
 
 def _kept(run: RunDirectory, sha256: str) -> Path:
