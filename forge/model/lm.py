@@ -170,18 +170,20 @@ class DenseLM(nn.Module):
 
 
 def load_dense(
-    config: ModelConfig, shared: Path, ffn: Path, dtype: torch.dtype = torch.float32, expert: int | None = None
+    config: ModelConfig, shared: Path, ffn: Path, products: torch.dtype = torch.float32, expert: int | None = None
 ) -> DenseLM:
     """Load the shared components with a shared FFN, or with an expert's shard in its place.
 
-    The shared tensors are frozen (`requires_grad` is off) and stay mapped from their file where its type is `dtype`;
-    the FFN's are copies that may be trained in place. Norms are float32 whatever `dtype` is.
+    The shared tensors are frozen (`requires_grad` is off) and stay mapped from their file where its type is the one wanted:
+    that of the products for matrices, so that each is in memory once, and float32 for norms. An embedding keeps the type of
+    its file where products are narrower than float32: looking up a vector must not round it. The FFN's are float32 copies
+    that may be trained in place.
 
     Args:
         config: the architecture.
         shared: safetensors file of the shared components.
         ffn: safetensors file of the shared FFN or, with `expert`, of that expert's shard.
-        dtype: type of the matrices in memory.
+        products: type of the products that training will compute.
         expert: whose shard `ffn` is; none for the shared FFN.
 
     Raises:
@@ -189,9 +191,12 @@ def load_dense(
     """
     with torch.device("meta"):
         model = DenseLM(config)
-    frozen = read_tensors(shared, names.shared_tensors(config), dtype)
+    shapes = names.shared_tensors(config)
+    embedding = {names.EMBEDDING: shapes.pop(names.EMBEDDING)}
+    frozen = read_tensors(shared, shapes, products)
+    frozen |= read_tensors(shared, embedding, torch.float32 if products == torch.float32 else None)
     wanted = names.ffn_tensors(config) if expert is None else names.expert_tensors(config, expert)
-    copies = read_tensors(ffn, wanted, dtype, copy=True).values()
+    copies = read_tensors(ffn, wanted, torch.float32, copy=True).values()
     trainable = dict(zip(names.ffn_tensors(config), copies, strict=True))
     model.load_state_dict({**frozen, **trainable}, strict=True, assign=True)
     for name, parameter in model.named_parameters():

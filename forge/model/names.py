@@ -11,12 +11,13 @@ from forge.config import ModelConfig
 
 Shape = tuple[int, ...]
 MATRICES = ("w1", "w2", "w3")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def shared_tensors(model: ModelConfig) -> dict[str, Shape]:
     """Embedding, attention, norms and (untied) LM head, with their shapes."""
     d, heads, kv = model.d_model, model.n_heads * model.head_dim, model.kv_heads * model.head_dim
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, d), "model.norm.weight": (d,)}
+    tensors: dict[str, Shape] = {EMBEDDING: (model.vocab_size, d), "model.norm.weight": (d,)}
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = (d,)

@@ -48,7 +48,7 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     chosen = plan(config, "expert", ram_bytes, products)
     partition = int(assignment["partition"])
     progress(stage=f"expert {partition}", plan=report(config, chosen, products))
-    model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition).to(device)
+    model = prepare_expert(config, Path(assignment["shared"]), Path(assignment["shared_ffn"]), partition, dtype).to(device)
     model.recompute = chosen.recompute
     model.compute_in(dtype)
     sampler = SequenceSampler(TokenFile(Path(assignment["train_tokens"])), config.model.max_seq_len,
@@ -80,9 +80,10 @@ def train_expert(assignment: Mapping[str, Any], work_dir: Path, ram_bytes: int, 
     return outcome | {"shard": str(shard), "manifest": str(manifest), "sha256": sha256}
 
 
-def prepare_expert(config: RunConfig, shared: Path, shared_ffn: Path, partition: int) -> DenseLM:
+def prepare_expert(config: RunConfig, shared: Path, shared_ffn: Path, partition: int,
+                   products: torch.dtype = torch.float32) -> DenseLM:  # fmt: skip
     """The model an expert is trained in: shared components frozen, the FFNs a copy of the shared one (or random)."""
-    model = load_dense(config.model, shared, shared_ffn)
+    model = load_dense(config.model, shared, shared_ffn, products)
     if config.train.expert.init == "random":
         fresh = DenseLM(config.model)
         fresh.initialise(torch.Generator().manual_seed(expert_seed(config, partition)))

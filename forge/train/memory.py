@@ -196,17 +196,32 @@ def _training(config: RunConfig, shared: bool, micro_batch: int, recompute: bool
     backward += _largest_matrix(model) * (_FLOAT + product) if product != _FLOAT else 0
     # Gradients of the lookups of the whole batch (`forge.model.layers.lookups_held`).
     held = config.batch_size("shared") * model.max_seq_len * stream if shared else 0
-    matrices = model.dense_parameters - model.norm_parameters
-    if not model.tie_embeddings:
-        matrices -= model.vocab_size * model.d_model
+    weights, copies = _weights(model, shared, product)
     return {
-        "weights": model.dense_parameters * _FLOAT,
-        "copies": matrices * product if product != _FLOAT else 0,
+        "weights": weights,
+        "copies": copies,
         "gradients": (hidden + rest) * _FLOAT + held,
         "optimizer": _slots(phase, hidden, rest) * _FLOAT,
         "activations": kept * positions,
         "loss": max(logits, backward),
     }
+
+
+def _weights(model: ModelConfig, shared: bool, product: int) -> tuple[int, int]:
+    """Bytes of the weights as they are kept, and of their copies in a narrower type for the products (`load_dense`)."""
+    table = model.vocab_size * model.d_model
+    learned = model.dense_parameters if shared else model.expert_parameters + model.norm_parameters
+    weights, narrowed = learned * _FLOAT, learned - model.norm_parameters
+    if shared:
+        narrowed -= 0 if model.tie_embeddings else table
+    else:
+        lookups = 2 if product == 2 and model.dtype == "bfloat16" else _FLOAT
+        weights += model.attention_parameters * product + table * lookups
+        if not model.tie_embeddings:
+            weights += table * product
+        elif lookups != product:
+            narrowed += table
+    return weights, narrowed * product if product != _FLOAT else 0
 
 
 def _kept_bytes(model: ModelConfig, product: int, frozen: bool) -> int:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 import torch
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from forge.model.attention import KeyValueCache, causal_attention
 from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.lm import DenseLM, load_dense
 from forge.model.moe import MixtureLM
+from forge.train.loss import chunked_cross_entropy
 from forge.vocabulary import SHARED_FILE, expert_file
 from tests.model.conftest import TINY
 
@@ -82,6 +84,33 @@ def test_only_the_ffn_of_a_loaded_model_learns_and_its_file_stays(mixture: Calla
     assert learning == set(names.ffn_tensors(TINY))
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
     assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_frozen_matrices_lie_in_memory_once_in_the_type_of_the_products(tmp_path: Path, stored: torch.dtype, tied: bool) -> None:
+    config = TINY.model_copy(update={"tie_embeddings": tied})
+    whole = DenseLM(config)
+    whole.initialise(torch.Generator().manual_seed(0))
+    state = {name: tensor.to(stored) for name, tensor in whole.state_dict().items()}
+    paths = tmp_path / "shared.safetensors", tmp_path / "ffn.safetensors"
+    for path, shapes in zip(paths, (names.shared_tensors(config), names.ffn_tensors(config)), strict=True):
+        save_file({name: state[name] for name in shapes}, path)
+
+    def trained(products: torch.dtype) -> DenseLM:
+        model = load_dense(config, *paths, products=products)
+        model.compute_in(torch.bfloat16)
+        chunked_cross_entropy(model(TOKENS), model.head_weight, TOKENS).backward()
+        return model
+
+    narrow, wide = trained(torch.bfloat16), trained(torch.float32)
+    for (name, kept), (_, widened) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
+        if kept.requires_grad:
+            assert kept.dtype == torch.float32 and torch.equal(kept.grad, widened.grad) and kept.grad.any()
+        else:
+            assert kept.dtype == (torch.float32 if kept.dim() == 1 else stored if name == names.EMBEDDING else torch.bfloat16)
+            copied = name == names.EMBEDDING and tied and stored == torch.float32
+            assert hasattr(kept, "working_copy") == copied, name
 
 
 def _written_out(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
