@@ -100,12 +100,13 @@ def test_frozen_matrices_lie_in_memory_once_in_the_type_of_the_products(tmp_path
     def trained(products: torch.dtype) -> DenseLM:
         model = load_dense(config, *paths, products=products)
         model.compute_in(torch.bfloat16)
-        chunked_cross_entropy(model(TOKENS), model.head_weight, TOKENS).backward()
+        torch.autograd.backward(chunked_cross_entropy(model(TOKENS), model.head_weight, TOKENS))
         return model
 
     narrow, wide = trained(torch.bfloat16), trained(torch.float32)
     for (name, kept), (_, widened) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
         if kept.requires_grad:
+            assert kept.grad is not None and widened.grad is not None
             assert kept.dtype == torch.float32 and torch.equal(kept.grad, widened.grad) and kept.grad.any()
         else:
             assert kept.dtype == (torch.float32 if kept.dim() == 1 else stored if name == names.EMBEDDING else torch.bfloat16)
