@@ -110,8 +110,8 @@ def describe(status: dict[str, Any]) -> str:
         experts = ", ".join(f"{expert['partition']} ({_nats(expert['nats'])})" for expert in node["experts"])
         lines.append(f"contribution of {node['name']}: {_nats(node['nats'])} nats a token, by expert {experts}")
     for point in status["evaluations"]:
-        lines.append(f"with {point['experts']} experts: mean perplexity {_number(point['mean_perplexity'], 2)}, pooled "
-                     f"{_number(point['pooled_perplexity'], 2)}")  # fmt: skip
+        lines.append(f"with {point['experts']} of {len(status['partitions'])} experts: mean perplexity "
+                     f"{_number(point['mean_perplexity'], 2)}, pooled {_number(point['pooled_perplexity'], 2)}")  # fmt: skip
     return "\n".join(lines).rstrip()
 
 

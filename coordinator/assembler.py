@@ -147,7 +147,7 @@ class Assembler:
                 or self._state.evaluated(experts, final=final))  # fmt: skip
 
     def _evaluate(self, experts: int, *, final: bool) -> float:
-        self._activity.say(f"evaluating the model with {experts} experts", process_bytes(self._config, "evaluate"))
+        self._activity.say(f"evaluating {self._model_with(experts)}", process_bytes(self._config, "evaluate"))
         try:
             arguments = {"run_dir": str(self._run.root), "final": final}
             row = self._run_job("evaluate", arguments, self._activity.progress)
@@ -155,15 +155,15 @@ class Assembler:
             failures = self._failures[experts, final] = self._failures.get((experts, final), 0) + 1
             if final and failures >= ATTEMPTS:
                 raise
-            return self._later("evaluation-failed", f"cannot evaluate the model with {experts} experts "
+            return self._later("evaluation-failed", f"cannot evaluate {self._model_with(experts)} "
                                f"(attempt {failures} of {ATTEMPTS})", error)  # fmt: skip
         finally:
             self._activity.say("")
         self._state.record_evaluation(experts, row, final=final)
         perplexity = row.get("mean_perplexity")
         shown = f": perplexity {perplexity:.2f}" if isinstance(perplexity, int | float) else ""
-        self._journal.event("evaluated", f"the model with {experts} of {self._config.model.n_experts} experts is "
-                            f"evaluated{shown}", experts=experts, final=final, mean_perplexity=perplexity)  # fmt: skip
+        self._journal.event("evaluated", f"{self._model_with(experts)} is evaluated{shown}", experts=experts, final=final,
+                            mean_perplexity=perplexity)  # fmt: skip
         return 0.0
 
     def _judge(self, shard: ShardRecord) -> float:
@@ -201,6 +201,9 @@ class Assembler:
             self._discard(shard)
         return 0.0
 
+    def _model_with(self, experts: int) -> str:
+        return f"the model with {experts} of {self._config.model.n_experts} experts"
+
     def _discard(self, shard: ShardRecord) -> None:
         """Delete the bytes of a shard that was judged bad: the verdict is kept, or they are uploaded again."""
         if self._run.blobs.has(shard.sha256):
@@ -230,8 +233,7 @@ class Assembler:
         self._activity.say("pushing the model")
         try:
             where = self._push(message)
-            self._journal.event("pushed", f"the model with {experts} experts is pushed: {where}", experts=experts,
-                                url=where)  # fmt: skip
+            self._journal.event("pushed", f"{self._model_with(experts)} is pushed: {where}", experts=experts, url=where)
         except ForgeError as error:
             self.push_error = error
             then = "the same command pushes again" if final else "the run goes on and the next push carries it all"

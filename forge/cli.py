@@ -39,7 +39,8 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run; default runs/NAME."),
         click.option("--ram", default=None, metavar="SIZE", help="Memory that a stage may use; default all there is."),
-        click.option("--threads", type=click.IntRange(1), default=None, help="Threads; default the physical cores."),
+        click.option("--threads", type=click.IntRange(1), default=None,
+                     help="Threads; default OMP_NUM_THREADS, else the physical cores."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -394,9 +395,9 @@ def _all_memory() -> int:
 
 
 def _threads(threads: int | None) -> int:
-    from forge.system import physical_cores
+    from forge.system import default_threads
 
-    return threads or physical_cores()
+    return threads or default_threads()
 
 
 if __name__ == "__main__":

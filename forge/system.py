@@ -87,6 +87,12 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, cores)
 
 
+def default_threads() -> int:
+    """Threads of heavy work where nobody says how many: `OMP_NUM_THREADS`, else the physical cores that are ours to use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(asked) if asked.isdecimal() and int(asked) else min(physical_cores(), usable_cores())
+
+
 @cache
 def cpu_products() -> Literal["float32", "bfloat16"]:
     """The type that this CPU says it multiplies fastest: bfloat16 where it has instructions for it (Linux tells)."""

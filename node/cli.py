@@ -70,7 +70,8 @@ def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--token", metavar="INVITATION", help="The invitation, beside an ADDRESS. Default: FORGE_TOKEN.")
 @click.option("--ram", metavar="SIZE", help="Memory that training may use, such as 8G or 900M. Default: what is free "
               "now, less a reserve for you, at most 8G.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training. Default: all usable cores.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training. "
+              "Default: OMP_NUM_THREADS, else the physical cores.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Where to train.  [default: auto]")
 @_data_dir_option
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Options of this command as YAML, such "
@@ -140,6 +141,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
     Returns:
         The exit code.
     """
+    from forge.system import default_threads
     from node.agent import Agent
     from node.client import FleetClient
     from node.console import Console
@@ -165,7 +167,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
     client = FleetClient(link, identity=identity, name=name, ram_bytes=ram_bytes, on_wait=console.wait,
                          version=_version(), upload=Throttle(preferences.max_upload),
                          download=Throttle(preferences.max_download))  # fmt: skip
-    worker = Worker(console, ram_bytes=ram_bytes, threads=preferences.threads or machine.cores, device=machine.device,
+    worker = Worker(console, ram_bytes=ram_bytes, threads=preferences.threads or default_threads(), device=machine.device,
                     run_job=run_job or run_train_expert, hold=guest.hold, nice=preferences.nice)  # fmt: skip
     return Agent(client=client, identity=identity, machine=machine, worker=worker, console=console, data_dir=data_dir,
                  name=name, ram_bytes=ram_bytes, guest=guest, once=once, disk_bytes=preferences.disk).run()  # fmt: skip

@@ -55,7 +55,7 @@ class Preferences(Section):
     ram: Size | None = None
     """Memory of the training process in bytes; none takes what is free, less a reserve for the owner, at most 8 GiB."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the training process; none takes all usable cores."""
+    """CPU threads of the training process; none takes OMP_NUM_THREADS, else the physical cores."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     name: str | None = None

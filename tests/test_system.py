@@ -17,9 +17,11 @@ from forge.system import (
     MemoryGroup,
     cgroup_memory,
     connect_here,
+    default_threads,
     keep_private,
     listen_here,
     memory_group_parent,
+    physical_cores,
     read_at,
     resident_bytes_of,  # fmt: skip
     stand_back,
@@ -156,6 +158,15 @@ def test_cgroup_v2_takes_the_tightest_limit_and_gives_back_the_page_cache(tmp_pa
     })  # fmt: skip
     assert cgroup_memory(root) == (1000, 500)
     assert usable_cores(root) == 1
+
+
+def test_threads_are_what_the_user_says_or_cores_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, threads in (("3", 3), ("5,2", 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert default_threads() == threads
+    for said in ("", "many", "0"):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert 1 <= default_threads() == min(physical_cores(), usable_cores())
 
 
 def test_cgroup_v1(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
     assert "3/9" in shown.output
     node.hand_in(assignment, shard, world.run_id)
     node.verdict(assignment, shard, world.run_id)
-    until(lambda: world.jobs.calls.count("evaluate") == 2 and "with 1 experts" in CliRunner().invoke(
+    until(lambda: world.jobs.calls.count("evaluate") == 2 and "with 1 of " in CliRunner().invoke(
         main, ["status", "--run-dir", str(world.root)]).output)
     answer = json.loads(CliRunner().invoke(main, ["status", "--json", "--run-dir", str(world.root)]).output)
     assert answer["partitions"][1] | {"progress": None} == {
