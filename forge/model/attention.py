@@ -115,18 +115,21 @@ def causal_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Keeps the probabilities, about B N T (T + C) / 2 of them, C the queries of a block. Z is B * N."""
+    """Keeps the probabilities, about B N T (T + C) / 2 of them, C the queries of a block. Z is B * N.
+
+    Queries are scaled, not scores: there are far fewer of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
         q_ZTH, k_ZTH, v_ZTH = (tensor.flatten(0, 1) for tensor in (q_BNTH, k_BNTH, v_BNTH))
-        scale = q_ZTH.shape[-1] ** -0.5
+        q_ZTH = q_ZTH * q_ZTH.shape[-1] ** -0.5
         out_ZTH = torch.empty(q_ZTH.shape, dtype=q_ZTH.dtype)
+        later_CC = torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf, dtype=q_ZTH.dtype).triu_(1)
         probabilities = []
         for start, stop in _blocks(q_ZTH.shape[1]):
-            scores_ZCS = torch.bmm(q_ZTH[:, start:stop], k_ZTH[:, :stop].transpose(1, 2)).mul_(scale)
-            above_CC = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-            scores_ZCS[:, :, start:].masked_fill_(above_CC, -torch.inf)
+            scores_ZCS = torch.bmm(q_ZTH[:, start:stop], k_ZTH[:, :stop].transpose(1, 2))
+            scores_ZCS[:, :, start:] += later_CC[: stop - start, : stop - start]
             softmax_ZCS = softmax_in_place(scores_ZCS)
             out_ZTH[:, start:stop] = torch.bmm(softmax_ZCS, v_ZTH[:, :stop])
             probabilities.append(softmax_ZCS)
@@ -137,16 +140,16 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_ZTH, k_ZTH, v_ZTH, *probabilities = ctx.saved_tensors
         grad_ZTH = grads[0].flatten(0, 1)
-        scale = q_ZTH.shape[-1] ** -0.5
         grad_q_ZTH = torch.empty(q_ZTH.shape, dtype=q_ZTH.dtype)
         grad_k_ZTH, grad_v_ZTH = (torch.zeros(q_ZTH.shape, dtype=q_ZTH.dtype) for _ in range(2))
         for (start, stop), softmax_ZCS in zip(_blocks(q_ZTH.shape[1]), probabilities, strict=True):
-            grad_ZCH = grad_ZTH[:, start:stop]
+            grad_ZCH = grad_ZTH[:, start:stop].contiguous()
             grad_v_ZTH[:, :stop] += torch.bmm(softmax_ZCS.transpose(1, 2), grad_ZCH)
             grad_ZCS = torch.bmm(grad_ZCH, v_ZTH[:, :stop].transpose(1, 2))
-            grad_ZCS = torch.ops.aten._softmax_backward_data(grad_ZCS, softmax_ZCS, -1, softmax_ZCS.dtype).mul_(scale)
+            grad_ZCS = torch.ops.aten._softmax_backward_data(grad_ZCS, softmax_ZCS, -1, softmax_ZCS.dtype)
             grad_q_ZTH[:, start:stop] = torch.bmm(grad_ZCS, k_ZTH[:, :stop])
             grad_k_ZTH[:, :stop] += torch.bmm(grad_ZCS.transpose(1, 2), q_ZTH[:, start:stop])
+        grad_q_ZTH *= q_ZTH.shape[-1] ** -0.5
         return tuple(grad.view(grads[0].shape) for grad in (grad_q_ZTH, grad_k_ZTH, grad_v_ZTH))  # type: ignore[return-value]
 
 

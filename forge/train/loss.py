@@ -87,8 +87,9 @@ def _chunks(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, share_N: Tens
         rows = slice(sequence + start, sequence + min(start + CHUNK_POSITIONS, length))
         hidden_CD = hidden_ND[rows]
         logits_CV = torch.matmul(hidden_CD, head_VD.T, out=buffer[: len(hidden_CD)])
-        targets_C1 = targets_N[rows].clamp(min=0).unsqueeze(1)
         softmax_CV = softmax_in_place(logits_CV)
-        target_C1 = softmax_CV.gather(1, targets_C1).float()
-        loss = -(target_C1.squeeze(1).clamp(min=_TINY).log() * share_N[rows]).sum()
-        yield rows, softmax_CV.scatter_(1, targets_C1, (target_C1 - 1).to(softmax_CV.dtype)), loss
+        at = torch.arange(len(softmax_CV), device=softmax_CV.device), targets_N[rows].clamp(min=0)
+        target_C = softmax_CV[at].float()
+        loss = -(target_C.clamp(min=_TINY).log() * share_N[rows]).sum()
+        softmax_CV[at] = (target_C - 1).to(softmax_CV.dtype)  # `scatter_` would copy all of it, twice.
+        yield rows, softmax_CV, loss
