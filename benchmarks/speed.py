@@ -24,6 +24,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import machine
 from forge import pipeline
@@ -31,10 +32,11 @@ from forge.config import RunConfig, load_config
 from forge.data.tokens import TokenWriter
 from forge.files import RunDirectory
 from forge.system import peak_resident_bytes, physical_cores
-from forge.train.memory import MB, parse_size
+from forge.train.memory import MB, Stage, parse_size, plan
+from forge.train.speed import flops_per_token, multiplication_rate
 from forge.vocabulary import END_OF_TEXT_ID
 
-PHASES = ("expert", "shared")
+PHASES: tuple[Stage, ...] = ("expert", "shared")
 #: Steps of a process before those that are timed.
 _WARM_UP = 1
 _DOCUMENTS, _DOCUMENT_TOKENS = 400, 1_000
@@ -75,10 +77,6 @@ def lengths(name: str, overrides: list[str], steps: int) -> list[str]:
 
 
 def _heading(threads: int) -> str:
-    import torch
-
-    from forge.train.speed import multiplication_rate
-
     torch.set_num_threads(threads)
     rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {multiplication_rate(dtype) / 1e9:.0f} GFLOP/s"
                       for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
@@ -102,7 +100,7 @@ def random_corpus(run: RunDirectory) -> None:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directory: Path) -> list[str]:
+def _compare(config: RunConfig, phase: Stage, options: argparse.Namespace, directory: Path) -> list[str]:
     batch, corpus = config.batch_size(phase), directory / "corpus"
 
     def ours() -> dict[str, Any]:
@@ -119,7 +117,9 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
             f"Trainer, micro-batch {best}": rival("trainer", best),
             f"PyTorch loop, micro-batch {best}": rival("loop", best)}  # fmt: skip
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    products = []
     for _ in range(options.rounds):
+        products.append(multiplication_rate())
         for name, measure in rows.items():
             taken[name].append(measure())
     lines = [f"\n## The {phase} phase, {batch} x {config.model.max_seq_len} tokens a step\n",
@@ -133,6 +133,10 @@ def _compare(config: RunConfig, phase: str, options: argparse.Namespace, directo
         peak = max(result["peak_bytes"] for result in results)
         faster = "" if name == "ours" else f"{median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         lines.append(f"| {name} | {median(rates):,.0f} | {faster} | {peak / MB:,.0f} MB | {peak / our_peak:.1f} x |")
+    flops = flops_per_token(config, plan(config, phase, parse_size(options.ram)))
+    share = median(rate * flops / bare for rate, bare in zip(our_rates, products, strict=True))
+    lines.append(f"\nThe products of a step (weights, attention and optimiser, {flops / 1e6:.0f} MFLOP a token) are done at "
+                 f"{share:.0%} of the rate of a bare one, measured before each round.")
     print("\n".join(lines), flush=True)
     return lines
 
@@ -180,7 +184,6 @@ def measure_rival(rival: str, phase: str, micro_batch: int, options: argparse.Na
 
 
 def _rival_model(config: RunConfig, phase: str) -> Any:
-    import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     shape = config.model
@@ -196,15 +199,12 @@ def _rival_model(config: RunConfig, phase: str) -> Any:
 
 
 def _tokens(config: RunConfig) -> Any:
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, config.model.vocab_size, (64, config.model.max_seq_len), generator=generator)
 
 
 def _trainer(config: RunConfig, phase: str, micro_batch: int) -> dict[str, Any]:
     """The Hugging Face Trainer, as its documentation shows it."""
-    import torch
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -237,8 +237,6 @@ def _trainer(config: RunConfig, phase: str, micro_batch: int) -> dict[str, Any]:
 
 def _loop(config: RunConfig, phase: str, micro_batch: int) -> dict[str, Any]:
     """What one writes by hand: autocast, accumulated micro-batches, clipping, AdamW."""
-    import torch
-
     from forge.train.precision import product_dtype
 
     dtype, tokens, model = product_dtype("cpu"), _tokens(config), _rival_model(config, phase)
