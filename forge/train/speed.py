@@ -14,7 +14,7 @@ from forge.train.muon import STEPS
 
 #: Share of the probe's rate that a whole training step reached (configs/default.yaml, two cores with AVX512-BF16); the rest
 #: is what is not a product: norms, softmax, the optimiser's passes over memory. The faster the products, the more it is.
-EFFICIENCY = {torch.float32: 0.72, torch.bfloat16: 0.55}
+EFFICIENCY = {torch.float32: 0.72, torch.bfloat16: 0.70}
 #: Seconds a byte of gradients costs a micro-batch: the backward pass adds to what the earlier ones left. Fitted to the curve
 #: of micro-batches in docs/log.md.
 _GRADIENT_SECONDS = 2.5e-10
