@@ -31,7 +31,7 @@ from forge.config import RunConfig, load_config
 from forge.files import RunDirectory, read_json, write_json
 from forge.jobs import enforcement
 from forge.model import names
-from forge.system import physical_cores
+from forge.system import default_threads
 from forge.train.memory import MB, Stage, format_size, parse_size, plan
 from forge.vocabulary import STAGES
 
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the config")
     parser.add_argument("--ram", default="8G", help="the limit")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each training phase")
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--run-dir", type=Path, help="a directory to keep: after a kill the same command goes on in it")
     parser.add_argument("--output", type=Path, help="Markdown file to write the table to")
     options = parser.parse_args()

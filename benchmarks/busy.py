@@ -23,7 +23,7 @@ from benchmarks import speed
 from benchmarks.common import heading, table
 from forge.config import load_config
 from forge.files import RunDirectory
-from forge.system import physical_cores
+from forge.system import default_threads
 
 OURS, LOOP = "ours", "PyTorch loop"
 
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--ram", default="8G", help="what ours may hold")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
     config = load_config(options.config, speed.lengths(options.config, options.set, options.steps))
     rows = {OURS: None, **{f"{OURS}, {looks:,} looks": looks for looks in options.looks}, LOOP: None}

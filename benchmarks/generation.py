@@ -30,7 +30,7 @@ from forge.data.sources import documents
 from forge.data.tokenizer import tokenizer_files, train_tokenizer
 from forge.evaluate.generate import Sampling, tokens
 from forge.model.moe import MixtureLM
-from forge.system import physical_cores
+from forge.system import default_threads
 from forge.train.memory import MB, format_size, parse_size
 
 #: Name of a packaged config, type of the file.
@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, nargs="*", default=range(len(POINTS)), help="checkpoints by number")
     parser.add_argument("--tokens", type=int, nargs="*", default=(64, 256), help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--limit", default="700M", help="memory of the last table's process; 0 leaves the table out")
     parser.add_argument("--larger", type=float, default=4, help="size of its model as a multiple of that memory")
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")

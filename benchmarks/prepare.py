@@ -37,7 +37,7 @@ from forge.data.sources import documents
 from forge.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_files, train_tokenizer
 from forge.data.tokens import TokenFile, token_dtype
 from forge.files import RunDirectory
-from forge.system import physical_cores
+from forge.system import default_threads
 from forge.train.memory import MB
 
 _BATCH_DOCUMENTS = 1000
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--large", type=float, default=1000, help="text of the large corpus, in MB; 0 leaves it out")
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)

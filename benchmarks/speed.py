@@ -31,7 +31,7 @@ from forge import pipeline
 from forge.config import RunConfig, load_config
 from forge.data.tokens import TokenWriter
 from forge.files import RunDirectory
-from forge.system import peak_resident_bytes, physical_cores
+from forge.system import default_threads, peak_resident_bytes
 from forge.train.memory import MB, Stage, parse_size, plan
 from forge.train.speed import flops_per_token, multiplication_rate
 from forge.vocabulary import END_OF_TEXT_ID
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--ram", default="8G", help="what ours may hold")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--output", type=Path, help="Markdown file to write the tables to")
     parser.add_argument("--child", nargs=3, metavar=("RIVAL", "PHASE", "MICRO_BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
