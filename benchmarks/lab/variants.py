@@ -145,6 +145,7 @@ VARIANTS: dict[str, Variant] = {
     "experts' rate x 2": trained(rate=2.0),
     "experts' rate x 0.5": trained(rate=0.5),
     "experts' rate x 0.25": trained(rate=0.25),
+    "experts in batches of 1, rate x 0.5": trained(batch=1, rate=0.5),
     "experts in batches of 2": trained(batch=2),
     "experts in batches of 2, rate x 0.5": trained(batch=2, rate=0.5),
     "experts in batches of 8": trained(batch=8),

@@ -30,7 +30,7 @@ import urllib.request
 
 import psutil
 
-from coordinator.invite import create_token, revoke_node
+from coordinator.invite import create_token
 from coordinator.serve import Coordinator
 from forge.errors import StorageError, report_errors
 from forge.files import RunDirectory, read_json, write_bytes
@@ -103,7 +103,9 @@ def work(root: Path, name: str) -> None:
                         lambda arguments, *more: ChainedJob(root, arguments))  # fmt: skip
         if code:
             sys.exit(code)
-        revoke_node(root / "run", called, drop_shards=True)
+        # In a process of its own, as an operator does it: this one is to hold what a node holds, and nothing of a database.
+        subprocess.run([sys.executable, "-m", "coordinator.cli", "nodes", "revoke", called, "--drop-shards", "--run-dir",
+                        str(root / "run")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         shutil.rmtree(data_dir)
 
 
