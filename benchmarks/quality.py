@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py --data FILE.jsonl.gz --seeds 3 --scale small
 
-Five tables. `rows`: every rival at one operating point. `properties`: what else a modular model must do there. `variants`:
+Six tables. `rows`: every rival at one operating point. `properties`: what else a modular model must do there. `variants`:
 one thing of that point changed at a time. `alone` and `together`: how much of the time to spend on the shared components,
-against one machine, or five by DiLoCo, that train a dense model for all of it, and against a dense model of as many tokens.
+against one machine, or five by DiLoCo, that train a dense model for all of it, and against a dense model of as many tokens;
+`split`: which share of a given time is the best.
 Killed and started again, it goes on where it was; its workspace keeps every model and every measured row, and
 benchmarks/results/ what was found.
 """
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own directory is on the path, its package is not
 
 from benchmarks.lab import tables  # noqa: E402
-from benchmarks.lab.maturity import SHARES, measure_alone, measure_together  # noqa: E402
+from benchmarks.lab.maturity import SHARES, measure_alone, measure_split, measure_together  # noqa: E402
 from benchmarks.lab.phases import steps_of  # noqa: E402
 from benchmarks.lab.properties import measure_properties  # noqa: E402
 from benchmarks.lab.rows import ROWS, Point, result, wanted  # noqa: E402
@@ -32,7 +33,7 @@ from benchmarks.lab.variants import measure_variants  # noqa: E402
 from forge.files import read_json, write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-TABLES = ("rows", "properties", "variants", "alone", "together")
+TABLES = ("rows", "properties", "variants", "alone", "together", "split")
 #: Training tokens per live parameter at which the curves are drawn.
 MATURITIES = (3.0, 6.0, 12.0, 25.0, 50.0)
 
@@ -69,7 +70,7 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if "properties" in options.tables:
             for found in measure_properties(point, options.only):
                 yield {"table": "properties", "maturity": options.maturity, "share": options.share, **facts, **found}
-        for table, curves in (("alone", measure_alone), ("together", measure_together)):
+        for table, curves in (("alone", measure_alone), ("together", measure_together), ("split", measure_split)):
             for maturity in options.maturities if table in options.tables else []:
                 for found in curves(setting, maturity, options.shares, options.only):
                     yield {"table": table, "maturity": maturity, **facts, **found}

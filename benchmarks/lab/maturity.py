@@ -7,6 +7,8 @@ Four comparisons, at each maturity of the shared components (training tokens per
 - equal tokens, jointly: the same, against one machine that trains a dense model, or the mixture as one, on as many tokens as
   all of them saw in sum;
 - together: five machines train the shared components by DiLoCo, then an expert each; the rival is DiLoCo for all of T.
+
+There T follows from the maturity and the share. The table `split` holds T instead, and asks which share of it is the best.
 """
 
 from __future__ import annotations
@@ -46,6 +48,19 @@ def measure_alone(setting: Setting, maturity: float, shares: Sequence[float],
             "alone: ours": lambda p: modular_row(p, p.ours(p.setting.top_k)),
             "alone: dense, tokens of everybody": partial(dense_row, steps=point.total_steps, name="rival"),
             "alone: trained jointly, tokens of everybody": joint_row}
+        facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
+        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
+
+
+def measure_split(setting: Setting, maturity: float, shares: Sequence[float],
+                  only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Ours at every share of one T, which is `maturity` training tokens per live parameter of one machine, and its rival."""
+    total = steps_of(setting, maturity * setting.parameters)
+    for share in shares:
+        shared = round(share * total)
+        point = Point(setting, shared, total - shared)
+        makers: dict[str, Maker] = {"split: dense for all of T": partial(dense_row, steps=total, name="rival"),
+                                    "split: ours": lambda p: modular_row(p, p.ours(p.setting.top_k))}  # fmt: skip
         facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
         yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
 

@@ -45,6 +45,9 @@ def markdown(rows: Rows) -> str:
         for scale in sorted({row["scale"] for row in rows}):
             made = _maturity([row for row in rows if row["scale"] == scale], curve)
             parts += ["", f"## {title} ({scale} model)", "", *made] if made else []
+    for scale in sorted({row["scale"] for row in rows if row["table"] == "split"}):
+        parts += ["", f"## Split: the share of a given T for the shared components ({scale} model, loss of ours)", "",
+                  *_split([row for row in rows if row["table"] == "split" and row["scale"] == scale])]  # fmt: skip
     drawn = sorted({row["scale"] for row in rows if any(row["row"] in pair for pair in PAIRS.values())})
     parts += [line for scale in drawn for line in ("", f"![The curves of the {scale} model over maturity](maturity-{scale}.png)")]
     return "\n".join(parts) + "\n"
@@ -88,6 +91,21 @@ def _maturity(rows: Rows, curve: str) -> list[str]:
     head = ["| tokens a parameter | share of T | T | tokens of ours | of the rival | seeds | rival | ours | ours is better by | "
             "partitions won |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     return head + made if made else []
+
+
+def _split(rows: Rows) -> list[str]:
+    """A line a T, a column a share, the best in bold; T in tokens of one machine per live parameter."""
+    shares = sorted({row["share"] for row in rows})
+    made = ["| T, tokens a parameter | T, tokens | dense for all of T | " + " | ".join(f"{share:.0%}" for share in shares) + " |",
+            "|" + "---|" * (3 + len(shares))]  # fmt: skip
+    for maturity in sorted({row["maturity"] for row in rows}):
+        here = [row for row in rows if row["maturity"] == maturity]
+        dense = {row["seed"]: row["mean"] for row in here if row["row"] == "split: dense for all of T"}
+        ours = {share: [row["mean"] for row in here if row["row"] == "split: ours" and row["share"] == share] for share in shares}
+        best = min((share for share in shares if ours[share]), key=lambda share: mean(ours[share]), default=None)
+        cells = [f"**{spread(losses)}**" if share == best else spread(losses) if losses else "" for share, losses in ours.items()]
+        made.append(f"| {maturity:g} | {here[0]['time_tokens'] / 1e6:.2f} M | {spread(dense.values())} | {' | '.join(cells)} |")
+    return made
 
 
 def _compared(rows: Rows, curve: str) -> list[tuple[float, float, list[tuple[dict[str, Any], dict[str, Any]]]]]:

@@ -120,7 +120,7 @@ def test_a_small_benchmark_measures_its_rows_once(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--data", str(tmp_path / "text.jsonl"), "--hold-out",
                "third-2", "--scale", "tiny", "--experts", "2", "--seeds", "1", "--maturity", "2", "--share", "0.6",
                "--maturities", "2", "--shares", "0.6", "--tables", "rows", "properties", "alone",
-               "together", "--threads", "1", "--work", str(tmp_path / "work"),
+               "together", "split", "--threads", "1", "--work", str(tmp_path / "work"),
                "--results", str(tmp_path / "results")]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads((tmp_path / "results" / "quality.json").read_text())
@@ -130,14 +130,15 @@ def test_a_small_benchmark_measures_its_rows_once(tmp_path: Path) -> None:
     losses = {row["row"]: row["mean"] for row in rows if "mean" in row}
     assert losses["oracle: the partition's expert"] < losses["shared components alone"]
     assert losses["ours (ridge), top-2"] < losses["random router, top-2"]
-    assert {row["table"] for row in rows} == {"rows", "properties", "alone", "together"}
+    assert {row["table"] for row in rows} == {"rows", "properties", "alone", "together", "split"}
     assert all(set(row) >= {"row", "seed", "loss", "mean", "pooled", "ood", "tokens", "flops"} for row in rows
                if row["table"] != "properties")  # fmt: skip
     values = {row["row"]: row["values"] for row in rows if row["table"] == "properties"}
     assert values["arrivals"]["2 experts: mean loss over the orders"] < values["arrivals"]["0 experts: mean loss over the orders"]
     for how in ("shared FFN in its place", "with its counts"):
         assert values["removing an expert"][f"{how}: its own partition loses, mean"] > 0
-    assert (tmp_path / "results" / "quality.md").read_text().count("| ours (ridge), top-2 | 1 |") == 1
+    page = (tmp_path / "results" / "quality.md").read_text()
+    assert page.count("| ours (ridge), top-2 | 1 |") == 1 and page.count("loss of ours)") == 1
     assert (tmp_path / "results" / "maturity-tiny.png").stat().st_size > 10_000
 
     subprocess.run([*command[: command.index("--tables")], "--tables", "variants", "--only", "AdamW", "under their gate",
