@@ -171,8 +171,10 @@ def count(root: Path) -> tuple[int, int, int]:
 
 
 def report(samples: list[dict[str, Sample]]) -> tuple[str, list[str]]:
-    """A table by fifths of the time, and what grew: of each fifth what nine tenths of its samples stay below, since a node between
-    two runs holds less than one in a run."""
+    """A table by fifths of the time, and what grew.
+
+    Of each fifth it takes what nine tenths of the samples stay below: a node between two runs holds less than one in a run.
+    """
     fifths = [samples[len(samples) * k // 5 : len(samples) * (k + 1) // 5] for k in range(5)]
     lines, grew = ["| process | | 1st fifth | 2nd | 3rd | 4th | 5th |", "|---|---|---|---|---|---|---|"], []
     for role in samples[0]:
