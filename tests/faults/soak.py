@@ -138,8 +138,7 @@ def soak(root: Path, seconds: float) -> Iterator[dict[str, Sample]]:
                     running[role] = start(root, role)
             if time.monotonic() - killed > KILL_SECONDS:
                 killed = time.monotonic()
-                running["mortal"].send_signal(signal.SIGKILL)
-                running["mortal"].wait()
+                kill(running["mortal"])
                 running["mortal"] = start(root, "mortal")
             with suppress(OSError, StorageError):  # Not yet.
                 page = read_json(root / "run" / "coordinator.json")["dashboard"]
@@ -151,15 +150,21 @@ def soak(root: Path, seconds: float) -> Iterator[dict[str, Sample]]:
         yield {role: sample(running[role], root / HEAP_FILE.format(role=role)) for role in LASTING}
     finally:
         for process in running.values():
-            process.kill()
-            process.wait()
+            kill(process)
 
 
 def start(root: Path, role: str) -> subprocess.Popen[bytes]:
     """One of the processes."""
     with open(root / f"{role}.out", "ab") as out:
         return subprocess.Popen([sys.executable, "-m", "tests.faults.soak", "--role", role, str(root)], cwd=ROOT, stdout=out,
-                                stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                                stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill one of the processes, with the one that revokes its node."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def count(root: Path) -> tuple[int, int, int]:
