@@ -138,7 +138,7 @@ def test_a_small_benchmark_measures_its_rows_once(tmp_path: Path) -> None:
     for how in ("shared FFN in its place", "with its counts"):
         assert values["removing an expert"][f"{how}: its own partition loses, mean"] > 0
     page = (tmp_path / "results" / "quality.md").read_text()
-    assert page.count("| ours (ridge), top-2 | 1 |") == 1 and page.count("loss of ours)") == 1
+    assert page.count("| ours (ridge), top-2 | 1 |") == 1 and page.count("by the share of a given T") == 1
     assert (tmp_path / "results" / "maturity-tiny.png").stat().st_size > 10_000
 
     subprocess.run([*command[: command.index("--tables")], "--tables", "variants", "--only", "AdamW", "under their gate",
