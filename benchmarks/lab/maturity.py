@@ -45,11 +45,10 @@ def measure_alone(setting: Setting, maturity: float, shares: Sequence[float],
         point = Point(setting, shared, total - shared)
         makers: dict[str, Maker] = {
             "alone: dense for all of T": partial(dense_row, steps=total, name="rival"),
-            "alone: ours": lambda p: modular_row(p, p.ours(p.setting.top_k)),
+            "alone: ours": _ours,
             "alone: dense, tokens of everybody": partial(dense_row, steps=point.total_steps, name="rival"),
             "alone: trained jointly, tokens of everybody": joint_row}
-        facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
-        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
+        yield from _measured(point, share, total, makers, only)
 
 
 def measure_split(setting: Setting, maturity: float, shares: Sequence[float],
@@ -60,9 +59,8 @@ def measure_split(setting: Setting, maturity: float, shares: Sequence[float],
         shared = round(share * total)
         point = Point(setting, shared, total - shared)
         makers: dict[str, Maker] = {"split: dense for all of T": partial(dense_row, steps=total, name="rival"),
-                                    "split: ours": lambda p: modular_row(p, p.ours(p.setting.top_k))}  # fmt: skip
-        facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
-        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
+                                    "split: ours": _ours}  # fmt: skip
+        yield from _measured(point, share, total, makers, only)
 
 
 def measure_together(setting: Setting, maturity: float, shares: Sequence[float],
@@ -73,9 +71,19 @@ def measure_together(setting: Setting, maturity: float, shares: Sequence[float],
         total = round(shared / share)
         point = Together(setting, shared, total - shared)
         makers: dict[str, Maker] = {"together: DiLoCo for all of T": partial(_dense_together, steps=total),
-                                    "together: ours": lambda p: modular_row(p, p.ours(p.setting.top_k))}  # fmt: skip
-        facts = {"share": share, "steps": total, "time_tokens": tokens_of(setting, total)}
-        yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
+                                    "together: ours": _ours}  # fmt: skip
+        yield from _measured(point, share, total, makers, only)
+
+
+def _measured(point: Point, share: float, total: int, makers: dict[str, Maker],
+              only: Sequence[str]) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of one T, `total` steps of a machine, of which the shared phase has a share."""
+    facts = {"share": share, "steps": total, "time_tokens": tokens_of(point.setting, total)}
+    yield from (facts | result(name, point, make) for name, make in makers.items() if wanted(name, only))
+
+
+def _ours(point: Point) -> Row:
+    return modular_row(point, point.ours(point.setting.top_k))
 
 
 class Together(Point):

@@ -20,7 +20,6 @@ from pathlib import Path
 import shutil
 import signal
 import sqlite3
-from statistics import quantiles
 import subprocess
 import sys
 import tempfile
@@ -184,7 +183,7 @@ def report(samples: list[dict[str, Sample]]) -> tuple[str, list[str]]:
     lines, grew = ["| process | | 1st fifth | 2nd | 3rd | 4th | 5th |", "|---|---|---|---|---|---|---|"], []
     for role in samples[0]:
         for what, unit in (("resident", 1 << 20), ("in_use", 1 << 20), ("blocks", 1), ("handles", 1), ("threads", 1)):
-            held = [quantiles((getattr(seen[role], what) for seen in fifth), n=10)[-1] for fifth in fifths]
+            held = [sorted(getattr(seen[role], what) for seen in fifth)[9 * len(fifth) // 10] for fifth in fifths]
             shown = " | ".join(f"{value / unit:.1f}" if unit > 1 else f"{value:,.0f}" for value in held)
             lines.append(f"| {role} | {NAMES.get(what, what)} | {shown} |")
             allowed = held[1] * GROWTH + SLACK[what]
