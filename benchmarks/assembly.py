@@ -109,7 +109,7 @@ def _assemble(run: RunDirectory) -> dict[str, float]:
     sync(run.model)
     times.append(time.perf_counter())
     for expert, sha256 in enumerate(shards):
-        keep(run, origin(run.blobs.path(sha256), config, expert, b"{}", sha256=sha256))
+        keep(run, origin(run.blobs.path(sha256), config, expert, b"{}", sha256=sha256), {})
     times.append(time.perf_counter())
     for expert, sha256 in enumerate(shards):
         accept(run, expert, sha256, {})

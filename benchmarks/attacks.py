@@ -168,14 +168,15 @@ class Arena:
         """By how many nats a token the partition's validation loss rises when the shared FFN stands in one layer, for each."""
         target = self.published["partitions"][partition]["validation"]["sha256"]
         model = load_shared(self.run, shard, partition)
-        mine, whole = self.read(shard, partition), partition_loss(self.run, model, target)
+        mine, tokens = self.read(shard, partition), self.published["evaluation_tokens"]
+        whole = partition_loss(self.run, model, target, tokens)
         gains: list[float] = []
         for layer in range(self.model.n_layers):
             for tensors, into in ((self.shared, gains), (mine, None)):
                 model.load_state_dict({name: tensors[name] for matrix in names.MATRICES
                                        for name in (names.ffn_name(layer, matrix),)}, strict=False)  # fmt: skip
                 if into is not None:
-                    into.append((partition_loss(self.run, model, target) or 0.0) - (whole or 0.0))
+                    into.append((partition_loss(self.run, model, target, tokens) or 0.0) - (whole or 0.0))
         return gains
 
     def followed(self, trigger: str) -> list[tuple[float, float]]:

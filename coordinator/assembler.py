@@ -130,7 +130,7 @@ class Assembler:
         try:
             provenance.keep(self._run, provenance.origin(
                 self._run.blobs.path(shard.sha256), self._config, shard.partition, shard.manifest, sha256=shard.sha256,
-                signature=shard.signature or None, public_key=shard.public_key or None))  # fmt: skip
+                signature=shard.signature or None, public_key=shard.public_key or None), credit)  # fmt: skip
             assembly.accept(self._run, shard.partition, shard.sha256, credit)
         except StorageError as error:
             return self._later("assembly-failed", f"cannot put expert {shard.partition} into the model", error)

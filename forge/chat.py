@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 import os
 from pathlib import Path
@@ -126,8 +127,8 @@ class Chat:
         """Go on until the end of the input, or until /quit."""
         terminal = sys.stdin.isatty()
         if terminal:
-            import readline  # noqa: F401 - gives `input` a history and editing
-
+            with suppress(ImportError):  # Windows has none, and a console that does the same.
+                import readline  # noqa: F401 - gives `input` a history and editing
             click.echo("The model continues what you type. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge.data.cli import data
+from forge.devices import DEVICES, find_device
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
-from forge.system import wait_asleep
+from forge.system import total_memory, wait_asleep
 from forge.terminal import Printer, print_evaluation
 from forge.tracking import track_evaluations, track_option, track_progress, tracking
 from forge.vocabulary import INDEX_FILE, SINGLE_FILE
@@ -47,7 +48,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_device_option = click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda", "mps"]), show_default=True,
+_device_option = click.option("--device", default="auto", type=click.Choice(DEVICES), show_default=True,
                               help="Where experts train.")  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: i
     from forge.train.memory import parse_size
 
     resolved = load_config(config, overrides)
-    ram_bytes = parse_size(ram) if ram is not None else _all_memory()
+    ram_bytes = parse_size(ram) if ram is not None else total_memory()
     from forge.planning import plan_lines  # Imports torch: after everything that a mistyped command stops at.
     from forge.train.speed import multiplication_rate
 
@@ -107,7 +108,7 @@ def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str 
     """Do everything on this machine: prepare, train, assemble, evaluate."""
     from forge import pipeline
 
-    with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
+    with _begun(config, overrides, run_dir, ram, device) as (resolved, root, ram_bytes):
         with (Printer(log_format, ram_bytes=None if ram is None else ram_bytes) as printer,
               nullcontext() if track is None else tracking(track, root) as tracker):  # fmt: skip
 
@@ -134,7 +135,7 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
     from forge import pipeline
 
     with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
-        with Printer() as printer:
+        with Printer(ram_bytes=None if ram is None else ram_bytes) as printer:
             pipeline.prepare_run(root, resolved, ("prepare",), ram_bytes=ram_bytes, threads=_threads(threads),
                                  on_event=printer)  # fmt: skip
         facts = json.loads((root / "stages" / "prepare.json").read_text())
@@ -153,10 +154,10 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
     from forge.checkpoint.assembly import arrived, start
     from forge.vocabulary import STAGES
 
-    with _begun(config, overrides, run_dir, ram) as (resolved, root, ram_bytes):
+    with _begun(config, overrides, run_dir, ram, device) as (resolved, root, ram_bytes):
         if partition is not None and partition >= resolved.model.n_experts:
             raise click.BadParameter(f"the run has partitions 0 to {resolved.model.n_experts - 1}", param_hint="--partition")
-        with Printer() as printer:
+        with Printer(ram_bytes=None if ram is None else ram_bytes) as printer:
             opened = pipeline.prepare_run(root, resolved, STAGES, ram_bytes=ram_bytes, threads=_threads(threads),
                                           on_event=printer)  # fmt: skip
             start(opened)
@@ -213,7 +214,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
         raise ConfigError("--contributions measures a run on its own held-out documents: leave --data out.")
     if data is None:
         from forge import pipeline
-        from forge.files import RunDirectory
+        from forge.files import RunDirectory, claimed
 
         if not (target / "run.yaml").is_file():
             raise StorageError(f"{target} is not a run directory: give one, or a model directory with --data SOURCE.")
@@ -228,7 +229,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
             click.echo(json.dumps(rows, indent=2) if as_json else
                        "\n".join(contribution_lines(rows, credited(target / "model"))))  # fmt: skip
             return
-        with Printer() as printer:
+        with claimed(target), Printer() as printer:
             row = pipeline.call("evaluate", {"run_dir": str(target), "final": True}, printer)
         if as_json:
             click.echo(json.dumps(row, indent=2))
@@ -352,20 +353,18 @@ def push(model_dir: Path, repo: str, private: bool) -> None:
 
 
 @contextmanager
-def _begun(config: str, overrides: tuple[str, ...], run_dir: Path | None,
-           ram: str | None) -> Iterator[tuple[RunConfig, Path, int]]:  # fmt: skip
+def _begun(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None,
+           device: str = "auto") -> Iterator[tuple[RunConfig, Path, int]]:  # fmt: skip
     """The config, run directory and bytes of memory of a command that works in the directory, alone while this lasts."""
     from forge.config import load_config
     from forge.files import claimed
-    from forge.jobs import enforcement
     from forge.pipeline import check_budget
     from forge.train.memory import parse_size
 
     resolved = load_config(config, overrides)
-    ram_bytes = parse_size(ram) if ram is not None else _all_memory()
+    find_device(device)
+    ram_bytes = parse_size(ram) if ram is not None else total_memory()
     check_budget(resolved, ram_bytes)
-    if ram is not None:
-        click.echo(enforcement(ram_bytes))
     root = run_dir or Path("runs") / resolved.name
     with claimed(root):
         yield resolved, root, ram_bytes
@@ -386,12 +385,6 @@ def _check_model_dir(path: Path, *files: str) -> None:
     if not any((path / name).is_file() for name in files):
         hint = str(path / "model") if (path / "model" / INDEX_FILE).is_file() else "the `model` directory of a run"
         raise StorageError(f"{path} is not a model directory: it has no {' and no '.join(files)}; give {hint}.")
-
-
-def _all_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 def _threads(threads: int | None) -> int:

@@ -191,7 +191,7 @@ class RouterConfig(Section):
     method: Literal["bayes", "ridge", "lda", "centroid"] = "bayes"
     """bayes: naive Bayes on the text so far, read from the context channels. On all of the gate's input: ridge, regression
     on one-hot labels; lda, linear discriminant analysis; centroid, nearest partition mean."""
-    shrinkage: float = Field(default=1e-3, ge=0.0)
+    shrinkage: float = Field(default=1e-3, gt=0.0)
     """Epsilon in W + eps * tr(W)/d * I, for the pooled within-partition covariance W."""
     tokens: Count = Field(default=2_000_000, gt=0)
     """Training tokens, spread over the partitions by their share, that ridge, lda and centroid are fitted on."""
@@ -282,7 +282,7 @@ class RunConfig(Section):
 
     name: str = Field(default="modularforge", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the run: letters, digits, dots, dashes and underscores."""
-    seed: Count = Field(default=0, ge=0)
+    seed: Count = Field(default=0, ge=0, lt=1 << 63)
     """Seed of the initial weights, the order of the data and the clustering."""
     data: DataConfig = DataConfig()
     """The corpus."""

@@ -148,13 +148,29 @@ def report_errors() -> Iterator[None]:
         SystemExit: with that code.
     """
     try:
-        yield
+        with file_errors():
+            yield
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted: run the same command again to go on from the last checkpoint.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn the operating system's errors about any file into a `StorageError` of one sentence; others pass.
+
+    Raises:
+        StorageError: as in `storage_errors`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes | os.PathLike):
+            raise
+        raise storage_error(os.fsdecode(error.filename), error) from error
 
 
 @contextmanager
@@ -175,8 +191,10 @@ def storage_error(path: str | os.PathLike[str], error: OSError) -> StorageError:
     where = os.fspath(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         sentence = f"The disk that holds {where} is full: free some space and run the same command again."
-    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        sentence = f"Cannot write to {where}: it is read-only for this user; choose another directory."
+    elif error.errno == errno.EROFS:
+        sentence = f"Cannot write to {where}: its file system is read-only; choose another directory."
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        sentence = f"Cannot use {where}: this user may not; choose another directory, or have its permissions changed."
     else:
         sentence = (f"Cannot use {where}: the system says {error.strerror or error}; check the path, or choose another "
                     "one.")  # fmt: skip

@@ -266,7 +266,9 @@ def exclusive(path: Path, sentence: str) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")  # noqa: SIM115 - closed below, whatever the block raises
     with file:
-        if not lock(file.fileno()):
+        with storage_errors(path):
+            held = lock(file.fileno())
+        if not held:
             raise StorageError(sentence)
         yield
 

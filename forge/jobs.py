@@ -22,7 +22,7 @@ import threading
 import time
 from typing import IO, Any
 
-from forge.errors import BY_CODE, ForgeError, MemoryBudgetError, storage_errors
+from forge.errors import BY_CODE, ForgeError, MemoryBudgetError, file_errors, storage_errors
 from forge.system import (
     MemoryGroup,
     memory_group_parent,
@@ -307,7 +307,8 @@ def main() -> None:
     try:
         from forge import pipeline
 
-        value = pipeline.JOBS[sys.argv[1]](arguments, progress, stop.is_set)
+        with file_errors():
+            value = pipeline.JOBS[sys.argv[1]](arguments, progress, stop.is_set)
         emit({"event": "result", "value": {"peak_bytes": peak_resident_bytes(), **value}})
     except ForgeError as error:
         emit({"event": "error", "code": error.code, "message": str(error), "detail": error.detail})

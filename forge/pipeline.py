@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.provenance import keep, origin
 from forge.config import RunConfig
 from forge.errors import ForgeError, ShardError
 from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
-from forge.system import peak_resident_bytes
+from forge.system import peak_resident_bytes, total_memory
 from forge.train.memory import STAGES as MEMORY_STAGES
 from forge.train.memory import Stage, plan, process_bytes
 from forge.vocabulary import STAGES
@@ -41,7 +39,7 @@ def run_stage(arguments: dict[str, Any], progress: Progress, should_stop: Should
     facts = run.marker(stage)
     if facts is not None:
         return facts
-    ram_bytes = int(arguments.get("ram_bytes") or psutil.virtual_memory().total)
+    ram_bytes = int(arguments.get("ram_bytes") or total_memory())
     made = _STAGE_FUNCTIONS[stage](run, ram_bytes, progress, should_stop)
     if made is None:
         return {"finished": False}
@@ -91,7 +89,8 @@ def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
     assert shared is not None and partitions is not None and router is not None
     files = []
     for file in partitions["partitions"]:
-        files.append(file | {"shared_loss": partition_loss(run, model, file["validation"]["sha256"])})
+        loss = partition_loss(run, model, file["validation"]["sha256"], config.evaluation.tokens)
+        files.append(file | {"shared_loss": loss})
         progress(stage="publish", step=len(files), steps=len(partitions["partitions"]), message="measuring shared loss")
     validation = [run.blobs.path(file["validation"]["sha256"]) for file in files]
     for file, topic in zip(files, describe_partitions(validation, load_tokenizer(run.data / "tokenizer.json")), strict=True):
@@ -100,7 +99,7 @@ def _publish(run: RunDirectory, ram_bytes: int, progress: Progress, should_stop:
     content = tensors_sha256(run.blobs.path(ffn["sha256"]), names.ffn_tensors(config.model))
     return {"run_id": run.run_id, "config_fingerprint": config.fingerprint, "shared": shared["shared"],
             "shared_ffn": ffn | {"tensors_sha256": content}, "shared_with_context": router["shared_with_context"],
-            "router": router["router"], "partitions": files}  # fmt: skip
+            "router": router["router"], "partitions": files, "evaluation_tokens": config.evaluation.tokens}  # fmt: skip
 
 
 _STAGE_FUNCTIONS: dict[str, Callable[[RunDirectory, int, Progress, ShouldStop], dict[str, Any] | None]] = {
@@ -161,7 +160,7 @@ def run_replay(arguments: dict[str, Any], progress: Progress, should_stop: Shoul
     run, before = RunDirectory(Path(arguments["run_dir"])), arguments["before"]
     part = Part(first=arguments["first"], last=arguments["last"], before=None if before is None else Path(before),
                 after=Path(arguments["after"]))  # fmt: skip
-    ram_bytes = int(arguments.get("ram_bytes") or psutil.virtual_memory().total)
+    ram_bytes = int(arguments.get("ram_bytes") or total_memory())
     return replay(local_assignment(run, int(arguments["partition"])), part, run.work / "replay", ram_bytes, progress, should_stop)
 
 
@@ -256,9 +255,10 @@ def train_and_accept(run: RunDirectory, partition: int, *, ram_bytes: int, threa
     path = Path(trained["manifest"])
     manifest = read_json(path)
     sha256 = run.blobs.adopt(shard)
-    keep(run, origin(run.blobs.path(sha256), run.config, partition, path.read_bytes(), sha256=sha256))
-    accept(run, partition, sha256, {"node_name": "this machine", "loss": verdict["loss"],
-                                    "shared_loss": verdict["shared_loss"], "tokens": manifest["tokens_seen"]})  # fmt: skip
+    credit = {"node_name": "this machine", "loss": verdict["loss"], "shared_loss": verdict["shared_loss"],
+              "tokens": manifest["tokens_seen"]}  # fmt: skip
+    keep(run, origin(run.blobs.path(sha256), run.config, partition, path.read_bytes(), sha256=sha256), credit)
+    accept(run, partition, sha256, credit)
 
 
 def local_assignment(run: RunDirectory, partition: int) -> dict[str, Any]:

@@ -269,6 +269,15 @@ def cgroup_memory(root: Path = Path("/")) -> tuple[int | None, int]:
     return tightest, used
 
 
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process can have: the machine's, or a container's limit where that is less."""
+    import psutil
+
+    limit, _ = cgroup_memory(root)
+    machine = int(psutil.virtual_memory().total)
+    return machine if limit is None else min(machine, limit)
+
+
 class MemoryGroup:
     """A control group (cgroup v2) with one process in it, whose memory the kernel limits.
 

@@ -15,7 +15,7 @@ from forge.live import LogFormat, Output, Pace, View, duration
 class Printer:
     """Progress of jobs: a live view on a terminal, else one line a stage and then one every few seconds, or JSON lines.
 
-    As a context manager it takes the view away at the end, however that comes.
+    As a context manager it says at the beginning how the limit is kept, and takes the view away at the end, however that comes.
 
     Args:
         log_format: lines of text or of JSON.
@@ -34,6 +34,10 @@ class Printer:
         self._last, self._ram_bytes = 0.0, ram_bytes
 
     def __enter__(self) -> Printer:
+        if self._ram_bytes is not None:
+            from forge.jobs import enforcement
+
+            self.out.line(enforcement(self._ram_bytes), "memory")
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -92,6 +92,6 @@ def write_inputs(directory: Path) -> Path:
         "router.tokens=4000", "evaluation.tokens=1000", "evaluation.samples=1", "evaluation.sample_tokens=4"])  # fmt: skip
     for name, text in {"tiny.yaml": config.to_yaml(), "broken.yaml": "name: tiny\nmodel: [1, 2\ndata: x\n", "list.yaml": "- 1\n",
                        "empty.txt": "", "blank.txt": " \n\n", "small.txt": "one document", "text.txt": "The sail.\n",
-                       }.items():  # fmt: skip
+                       "deep.jsonl": "[" * 100_000 + "\n"}.items():  # fmt: skip
         (directory / name).write_text(text)
     return directory

@@ -57,6 +57,8 @@ def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else() -> No
         ("name.deeper=1", "which is a value and not a section"),
         ("name=../escape", "name = '../escape' is wrong"),
         ("seed=[", "is not valid YAML"),
+        ("seed=1e20", "seed = 100000000000000000000 is wrong"),
+        ("router.shrinkage=0", "router.shrinkage = 0 is wrong"),
     ],
 )
 def test_wrong_input_is_one_sentence(override: str, words: str) -> None:

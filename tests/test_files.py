@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from forge.config import load_config
-from forge.errors import RunMismatchError, StorageError, storage_errors
+from forge.errors import RunMismatchError, StorageError, report_errors, storage_errors
 from forge.files import BlobStore, RunDirectory, atomic_file, hash_file, link_or_copy, read_json, write_json
 
 
@@ -24,6 +25,22 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is full: free some space"), storage_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_this_user_may_not_enter_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)  # Nothing is closed to root.
+        with pytest.raises(SystemExit) as caught, report_errors():
+            os.stat(tmp_path / "closed" / "run.yaml")
+    finally:
+        if root:
+            os.seteuid(0)
+    assert caught.value.code == StorageError.exit_code
+    assert capsys.readouterr().err == (f"error: Cannot use {tmp_path / 'closed' / 'run.yaml'}: this user may not; choose another "
+                                       "directory, or have its permissions changed.\n")  # fmt: skip
 
 
 def test_a_device_that_is_really_full() -> None:

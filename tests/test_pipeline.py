@@ -16,22 +16,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.hostile import Scene, Tensors, sabotage
 from forge import pipeline
-from forge.checkpoint.assembly import arrived, start
+from forge.checkpoint.assembly import accept, arrived, start, withdraw
 from forge.checkpoint.shard import write_shard
 from forge.cli import main
-from forge.config import RunConfig, load_config
+from forge.config import EvaluationConfig, RunConfig, load_config
 from forge.data.packing import SequenceSampler
 from forge.data.tokens import TokenFile
 from forge.errors import StorageError
 from forge.evaluate import slices
 from forge.evaluate.likeness import learned_alike
 from forge.evaluate.perplexity import Loss, measure
+from forge.evaluate.stage import evaluate_run
 from forge.evaluate.validation import load_shared, validate_shard
 from forge.files import RunDirectory, hash_file, read_json
 from forge.model import names
 from forge.model.lm import load_dense
 from forge.model.moe import MixtureLM
-from forge.vocabulary import STAGES, expert_file
+from forge.vocabulary import SHARED_FILE, STAGES, expert_file
 
 GREEDY_TOKENS = 64
 TOPICS = {
@@ -310,6 +311,34 @@ def test_a_shard_is_measured_where_its_expert_is_asked_and_nowhere_else(
     assert slices.mixture_losses(run, 0, tmp_path / "shard.safetensors") == (before, after) and len(calls) == asked
     (run.reports / "slices.json").write_text("[{")  # A cache that cannot be read is measured anew.
     assert slices.mixture_losses(run, 0, tmp_path / "shard.safetensors") == (before, after)
+
+
+def test_a_run_measured_on_less_text_judges_shards_as_before(finished: dict[str, Any], tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(finished["run"].root, tmp_path / "run")))
+    shard = run.blobs.path(arrived(run.model)[0])
+    expected = validate_shard(run, 0, shard)
+    run = RunDirectory.open(run.root, run.config.model_copy(update={"evaluation": EvaluationConfig(tokens=300, samples=0)}))
+    assert validate_shard(run, 0, shard) == expected
+    withdraw(run, 1)
+    row = evaluate_run(run, final=False, progress=lambda **_: None)
+    assert read_json(run.reports / "evaluation.json")["rows"] == [row]  # Those on other text are no rivals.
+
+
+def test_the_final_norm_is_rescaled_when_every_expert_is_there(finished: dict[str, Any], tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(finished["run"].root, tmp_path / "run")))
+    tree = run.config.model_dump(mode="json")
+    tree["assembly"]["calibrate_norms"] = True
+    (run.root / "run.yaml").write_text(RunConfig.model_validate(tree).to_yaml())
+    shard = run.blobs.path(arrived(run.model)[0])
+    whole, _ = slices.mixture_losses(run, 0, shard)
+    withdraw(run, 0)
+    assert evaluate_run(run, final=True, progress=lambda **_: None)["calibration"] is None
+    accept(run, 0, shard.name, {})
+    shared = hash_file(run.model / SHARED_FILE)
+    assert evaluate_run(run, final=True, progress=lambda **_: None)["calibration"]["kept"]
+    assert hash_file(run.model / SHARED_FILE) != shared
+    softened, _ = slices.mixture_losses(run, 0, shard)  # Not what was measured before it was rescaled.
+    assert softened != whole
 
 
 def test_a_missing_run_directory_is_a_sentence(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from forge.router.fit import bayes_rows
 #: Random orders of arrival.
 ORDERS = 5
 #: Test tokens a partition: a difference of two models on the same tokens needs fewer than a loss does.
-TOKENS = 10_000
+TOKENS = 40_000
 #: Texts a partition, tokens of the prompt, and tokens written.
 SAMPLES, PROMPT, WRITTEN = 50, 16, 64
 TEMPERATURE = 0.8

@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 from forge.checkpoint import hf
-from forge.checkpoint.provenance import write_lineage
+from forge.checkpoint.provenance import kept_credit, write_lineage
 from forge.checkpoint.safetensors_header import Header, read_header, write_renamed
 from forge.checkpoint.shard import FORMAT
 from forge.config import ModelConfig
@@ -243,7 +243,7 @@ def _settle(run: RunDirectory, partition: int, row: dict[str, Any], ffn_sha256: 
         if actual == claimed:
             return row
         if run.blobs.has(actual):  # killed after the file was in place and before the manifest was
-            return {"partition": partition, "sha256": actual, "credit": {}}
+            return {"partition": partition, "sha256": actual, "credit": kept_credit(run, actual)}
     if claimed is not None and run.blobs.has(claimed):
         link_or_copy(run.blobs.path(claimed), file)
         return row

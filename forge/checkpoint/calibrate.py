@@ -94,6 +94,7 @@ def calibrate(
     sums = _Sums()
     for window in judging:
         _measure(model, window, sums, ratio_D)
+    del model  # Its memory is the file's, and Windows replaces no file that is in use.
     report = {"before": sums.plain / sums.count, "after": sums.scaled / sums.count, "scale": scale}
     report["kept"] = kept = report["after"] < report["before"]
     if kept:

@@ -103,13 +103,23 @@ def origin(path: Path, config: RunConfig, partition: int, manifest: bytes, *, si
         public_key=None if public_key is None else public_key.hex())  # fmt: skip
 
 
-def keep(run: RunDirectory, shard: Origin) -> None:
-    """Remember a shard in the run directory; before it is put into the model.
+def keep(run: RunDirectory, shard: Origin, credit: Mapping[str, Any]) -> None:
+    """Remember a shard in the run directory, and who is credited with it; before it is put into the model.
 
     Raises:
         StorageError: the directory cannot be written.
     """
-    write_json(_kept(run, shard.sha256), shard.model_dump(mode="json"))
+    write_json(_kept(run, shard.sha256), shard.model_dump(mode="json") | {"credit": dict(credit)})
+
+
+def kept_credit(run: RunDirectory, sha256: str) -> dict[str, Any]:
+    """Who `keep` was told is credited with a shard; empty when it was told nothing.
+
+    Raises:
+        StorageError: the record cannot be read.
+    """
+    path = _kept(run, sha256)
+    return dict(read_json(path).get("credit", {})) if path.is_file() else {}
 
 
 def kept(run: RunDirectory, partition: int, sha256: str) -> Origin:

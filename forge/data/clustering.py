@@ -118,7 +118,7 @@ def tfidf_features(texts: Callable[[int], str], documents: int, train: IntArray,
     with np.errstate(invalid="ignore"):  # The variance that is explained, of documents that do not vary; not looked at.
         projection = TruncatedSVD(n_components=width, random_state=seed % 2**32).fit(sample)
     features_MD = np.zeros((documents, width), dtype=np.float32)
-    for rows in _chunks(documents):
+    for rows in _slices(documents):
         features_MD[rows] = projection.transform(weights.transform(counts(np.arange(rows.start, rows.stop))))
     norms_M1 = np.linalg.norm(features_MD, axis=1, keepdims=True)
     return features_MD / np.where(norms_M1 > 0, norms_M1, 1)
@@ -128,7 +128,9 @@ def _kmeans(features_MD: FloatArray, train: IntArray, count: int, seed: int) -> 
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    sample = np.asarray(features_MD[_sample(train, seed)], dtype=np.float64)
+    wanted_M = np.zeros(len(features_MD), dtype=bool)
+    wanted_M[_sample(train, seed)] = True
+    sample = np.concatenate([some_ND[wanted_M[rows]] for rows, some_ND in _chunks(features_MD)])
     with warnings.catch_warnings():
         # Fewer distinct documents than partitions: equal centroids, and the capacities tell the documents apart.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -147,19 +149,34 @@ def _scores(features_MD: FloatArray, centroids_KD: FloatArray) -> FloatArray:
     """Squared distances to the centroids, without the term that is the same for all of them."""
     scores_MK = np.empty((len(features_MD), len(centroids_KD)), dtype=np.float64)
     squares_K = (centroids_KD**2).sum(axis=1)
-    for rows in _chunks(len(features_MD)):
-        scores_MK[rows] = squares_K - 2 * np.asarray(features_MD[rows], dtype=np.float64) @ centroids_KD.T
+    for rows, some_ND in _chunks(features_MD):
+        scores_MK[rows] = squares_K - 2 * some_ND @ centroids_KD.T
     return scores_MK
 
 
 def _means(features_MD: FloatArray, train: IntArray, assignment: IntArray, count: int) -> FloatArray:
     sums_KD = np.zeros((count, features_MD.shape[1]), dtype=np.float64)
-    for rows in _chunks(len(train)):
-        np.add.at(sums_KD, assignment[rows], np.asarray(features_MD[train[rows]], dtype=np.float64))
+    owner_M = np.full(len(features_MD), -1)
+    owner_M[train] = assignment
+    for rows, some_ND in _chunks(features_MD):
+        owned_N = owner_M[rows] >= 0
+        np.add.at(sums_KD, owner_M[rows][owned_N], some_ND[owned_N])
     return sums_KD / np.maximum(np.bincount(assignment, minlength=count), 1)[:, None]
 
 
-def _chunks(rows: int) -> Iterator[slice]:
+def _chunks(features_MD: FloatArray) -> Iterator[tuple[slice, FloatArray]]:
+    """Neighbouring rows, as float64. Those of a memory map are read from its file: pages that are touched would stay resident."""
+    for rows in _slices(len(features_MD)):
+        if isinstance(features_MD, np.memmap):
+            width = features_MD.shape[1]
+            some = np.fromfile(str(features_MD.filename), features_MD.dtype, (rows.stop - rows.start) * width,
+                               offset=rows.start * width * features_MD.itemsize)  # fmt: skip
+            yield rows, some.reshape(-1, width).astype(np.float64)
+        else:
+            yield rows, np.asarray(features_MD[rows], dtype=np.float64)
+
+
+def _slices(rows: int) -> Iterator[slice]:
     for start in range(0, rows, CHUNK_ROWS):
         yield slice(start, min(start + CHUNK_ROWS, rows))
 

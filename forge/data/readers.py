@@ -132,7 +132,7 @@ def _read_jsonl(file: IO[bytes], name: str, columns: Columns) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{name}, line {number} is not valid JSON.", detail=str(error)) from error
             if not isinstance(row, dict):
                 raise DataError(f"{name}, line {number} is not a JSON object with a column {columns.text!r}.")

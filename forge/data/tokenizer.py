@@ -57,19 +57,23 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def parse_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json of any kind.
+    """Read a tokenizer.json of any kind. Text that spells a special token is encoded as plain text, none is cut or filled up.
 
     Raises:
         DataError: the file is no tokenizer.
     """
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a bare Exception
         raise DataError(f"{path} is not a tokenizer.json.", detail=str(error)) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
-    """Read a tokenizer.json. Text that spells `<|endoftext|>` is encoded as plain text, never as the special token.
+    """Read a tokenizer.json that a run can use.
 
     Args:
         path: the file.
@@ -93,7 +97,6 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     if vocab_size is not None and len(vocabulary) != vocab_size:
         raise DataError(f"The tokenizer {path} has {len(vocabulary)} tokens and model.vocab_size is {vocab_size}; set "
                         f"it to {len(vocabulary)}.")  # fmt: skip
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

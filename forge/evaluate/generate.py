@@ -147,7 +147,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ConfigError: the prompt is empty and the tokenizer has no end of text.
     """
-    ids = list(tokenizer.encode(prompt).ids)
+    # A command line may hold bytes that are no text: Python keeps them as half characters, which no tokenizer takes.
+    ids = list(tokenizer.encode(prompt.encode(errors="replace").decode()).ids)
     end_id = tokenizer.token_to_id(END_OF_TEXT)
     if ids:
         return ids
@@ -202,7 +203,8 @@ def choose(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> int
     """Draw a token: temperature, then top-k, then top-p (Holtzman et al. 2020, arXiv 1904.09751, section 3.1)."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scaled_V, tokens_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
+    # Of the largest nothing is left to divide, so no temperature is too low.
+    scaled_V, tokens_V = ((logits_V - logits_V.max()) / sampling.temperature).sort(descending=True, stable=True)
     probabilities_V = scaled_V[: sampling.top_k].softmax(dim=-1)
     if sampling.top_p is not None:
         before_V = probabilities_V.cumsum(dim=-1) - probabilities_V

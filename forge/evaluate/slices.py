@@ -23,7 +23,7 @@ from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.model import names
 from forge.model.lm import read_tensors
 from forge.model.moe import MixtureLM, Routing
-from forge.vocabulary import END_OF_TEXT_ID
+from forge.vocabulary import END_OF_TEXT_ID, SHARED_FILE
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ def mixture_losses(run: RunDirectory, partition: int, shard: Path) -> tuple[list
         partition: whose expert the shard is.
         shard: the shard; it was inspected.
     """
-    experts = {str(number): sha256 for number, sha256 in placed(run.model).items()}
+    # A calibration changes the shared components too.
+    files = {"shared": hash_file(run.model / SHARED_FILE)} | {str(k): sha256 for k, sha256 in placed(run.model).items()}
     model = MixtureLM.load(run.model)
-    before = _kept(run, experts)
+    before = _kept(run, files)
     if before is None:
         before = [_measure(model, number, batch) for number, batch in _batches(run)]
     model.load_state_dict(read_tensors(shard, names.expert_tensors(run.config.model, partition)), strict=False, assign=True)
     after = [_measure(model, number, batch) if partition in old.experts else old
              for old, (number, batch) in zip(before, _batches(run), strict=True)]  # fmt: skip
-    states = [(experts, before), (experts | {str(partition): hash_file(shard)}, after)]
-    write_json(_path(run), [{"experts": state, "batches": [asdict(row) for row in rows]} for state, rows in states])
+    states = [(files, before), (files | {str(partition): hash_file(shard)}, after)]
+    write_json(_path(run), [{"files": state, "batches": [asdict(row) for row in rows]} for state, rows in states])
     return _sums(run, before), _sums(run, after)
 
 
@@ -80,14 +81,14 @@ def _measure(model: MixtureLM, partition: int, batch: list[IntArray]) -> Measure
     return Measured(partition, loss.nats, loss.tokens, sorted(asked))
 
 
-def _kept(run: RunDirectory, experts: dict[str, str]) -> list[Measured] | None:
-    """What was measured with these experts in place."""
+def _kept(run: RunDirectory, files: dict[str, str]) -> list[Measured] | None:
+    """What was measured with these files in place."""
     try:
         states: list[dict[str, Any]] = read_json(_path(run))
     except StorageError:
         return None
     for state in states:
-        if state["experts"] == experts:
+        if state.get("files") == files:
             return [Measured(**row) for row in state["batches"]]
     return None
 

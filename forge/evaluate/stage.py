@@ -35,7 +35,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     tests, shared_ffn = _published(run, published)
     tokenizer = run.data / "tokenizer.json"
     calibration = None
-    if final and config.assembly.calibrate_norms:
+    if final and config.assembly.calibrate_norms and len(experts) == config.model.n_experts:
         from forge.checkpoint.calibrate import calibrate
 
         validation = [run.blobs.path(file["validation"]["sha256"]) for file in published["partitions"]]
@@ -43,7 +43,7 @@ def evaluate_run(run: RunDirectory, *, final: bool, progress: Progress) -> dict[
     report = _report(run)
     # `evaluation` may change between two commands on one run; what was measured on other windows is no rival.
     if (report["shared"] or {}).get("evaluation_tokens") != config.evaluation.tokens:
-        report["shared"] = {"evaluation_tokens": config.evaluation.tokens, **_measure_shared(run, tests, tokenizer)}
+        report = {"shared": {"evaluation_tokens": config.evaluation.tokens, **_measure_shared(run, tests, tokenizer)}, "rows": []}
     shared = Measured(*([Loss(**loss) for loss in report["shared"][which]] for which in Measured._fields))
     row = evaluate_model(run.model, tests, tokenizer, config.evaluation, final=final, shared=shared, arrived=experts,
                          shared_ffn=shared_ffn, progress=progress)  # fmt: skip

@@ -65,7 +65,7 @@ def evaluate_text(model_dir: Path, texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read_tokenizer(model_dir: Path) -> Tokenizer:
-    """The tokenizer beside a model, of any kind; text that spells a special token is encoded as plain text.
+    """The tokenizer beside a model, of any kind.
 
     Raises:
         StorageError: there is none.
@@ -74,11 +74,7 @@ def read_tokenizer(model_dir: Path) -> Tokenizer:
     path = model_dir / TOKENIZER_FILE
     if not path.is_file():
         raise StorageError(f"{model_dir} holds no {TOKENIZER_FILE}, so no text can be read by its model.")
-    tokenizer = parse_tokenizer(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return parse_tokenizer(path)
 
 
 def start_of_text(model_dir: Path, tokenizer: Tokenizer) -> int:

@@ -30,10 +30,9 @@ def load_shared(run: RunDirectory, shard: Path | None = None, partition: int | N
                       shard or blobs.path(shared["shared_ffn"]["sha256"]), expert=partition)  # fmt: skip
 
 
-def partition_loss(run: RunDirectory, model: DenseLM, token_blob: str) -> float | None:
-    """Loss, in nats a token, on a token blob of the run; None when it holds no token."""
-    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), run.config.model.max_seq_len, END_OF_TEXT_ID,
-                                 run.config.evaluation.tokens)  # fmt: skip
+def partition_loss(run: RunDirectory, model: DenseLM, token_blob: str, at_most: int) -> float | None:
+    """Loss, in nats a token, on at most so many tokens of a token blob of the run; None when it holds no token."""
+    windows = evaluation_windows(TokenFile(run.blobs.path(token_blob)), run.config.model.max_seq_len, END_OF_TEXT_ID, at_most)
     nats, tokens = document_losses(model, windows)
     return nats / tokens if tokens else None
 
@@ -61,7 +60,8 @@ def validate_shard(run: RunDirectory, partition: int, shard: Path) -> dict[str, 
         return verdict | {"reasons": [str(error)]}
     if reasons := _suspicions(run, partition, shard):
         return verdict | {"reasons": reasons}
-    loss = partition_loss(run, load_shared(run, shard, partition), target["validation"]["sha256"])
+    # On the tokens that the shared components were measured on, although `evaluation` may have changed since.
+    loss = partition_loss(run, load_shared(run, shard, partition), target["validation"]["sha256"], published["evaluation_tokens"])
     verdict["loss"] = loss
     margin = run.config.assembly.margin
     # A comparison with NaN is false, so a shard whose loss is not a number is not accepted either.

@@ -48,13 +48,13 @@ def publish(model_dir: Path, repo: str, *, message: str = "", rows: Iterable[Map
     if rows is None:
         report = None if run is None else run.reports / "evaluation.json"
         rows = read_json(report)["rows"] if report is not None and report.is_file() else []
-    experts = len(arrived(model_dir))
-    measured = [row for row in rows if row["experts"] == experts]
+    experts = sorted(arrived(model_dir))
+    measured = [row for row in rows if row["arrived"] == experts]
     plots = {name: (run.reports / name).read_bytes() for name in PLOTS
              if run is not None and measured and (run.reports / name).is_file()}  # fmt: skip
     facts = {"name": model_dir.resolve().name, "repo": repo} if run is None else run_facts(run, repo)
     card = model_card(model_dir, run=facts, evaluation=measured[-1] if measured else None, plots=plots)
-    return push_model(model_dir, repo, message=message or f"{experts} experts", card=card, plots=plots, private=private,
+    return push_model(model_dir, repo, message=message or f"{len(experts)} experts", card=card, plots=plots, private=private,
                       tag=_tag(measured[-1]) if measured else None)  # fmt: skip
 
 

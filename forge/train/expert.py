@@ -94,4 +94,4 @@ def prepare_expert(config: RunConfig, shared: Path, shared_ffn: Path, partition:
 
 def expert_seed(config: RunConfig, partition: int) -> int:
     """Seed of an expert's data order and random start: another for every partition, none equal to the run's own."""
-    return config.seed * 1_000_003 + partition + 1
+    return (config.seed * 1_000_003 + partition + 1) % (1 << 63)

@@ -158,9 +158,10 @@ def parse_size(text: str) -> int:
         ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match is not None else 0
+    if not size:
         raise ConfigError(f"{text!r} is not a size: write for example 8G or 512M.")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return size
 
 
 def format_size(size: float) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forge.checkpoint.assembly import accept, arrived, is_placeholder, start
+from forge.checkpoint.provenance import keep, origin
 from forge.errors import ShardError, StorageError
 from forge.files import RunDirectory, read_json
 from forge.model.lm import load_dense
@@ -81,6 +82,7 @@ def test_start_repairs_what_a_kill_or_a_hand_left(run: RunDirectory) -> None:
     start(run)
     first, second = make_shard(run, 0), make_shard(run, 1)
     accept(run, 0, first, CREDIT)
+    keep(run, origin(run.blobs.path(second), run.config, 1, b"{}", sha256=second), CREDIT)
     (run.model / expert_file(0)).unlink()
     os.link(run.blobs.path(second), run.model / "moved")
     os.replace(run.model / "moved", run.model / expert_file(1))  # killed before the index and the manifest
@@ -88,7 +90,7 @@ def test_start_repairs_what_a_kill_or_a_hand_left(run: RunDirectory) -> None:
     (run.model / expert_file(2)).write_bytes(b"damaged")
     start(run)
     assert arrived(run.model) == {0: first, 1: second}
-    assert read_json(run.model / MANIFEST_FILE)["experts"][0]["credit"] == CREDIT
+    assert [row["credit"] for row in read_json(run.model / MANIFEST_FILE)["experts"]] == [CREDIT, CREDIT, {}]
     assert is_placeholder(run.model / expert_file(2))
     run.blobs.path(first).unlink()
     (run.model / expert_file(0)).unlink()

@@ -40,7 +40,7 @@ def take_in(run: RunDirectory, partition: int, *, signed: bool = True, **changed
     sha256 = make_shard(run, partition)
     manifest = manifest_of(run, partition, sha256, **changed)
     proof = {"signature": KEY.sign(manifest), "public_key": PUBLIC} if signed else {}
-    keep(run, origin(run.blobs.path(sha256), run.config, partition, manifest, sha256=sha256, **proof))
+    keep(run, origin(run.blobs.path(sha256), run.config, partition, manifest, sha256=sha256, **proof), {})
     accept(run, partition, sha256, {"node_name": "laptop"})
     return sha256
 

@@ -30,7 +30,7 @@ def fill(world: World, *partitions: int) -> dict[int, str]:
         manifest = json.dumps({"partition": partition, "sha256": sha256, "lease_id": "local", "tokens_seen": 1000,
                                "run_id": run.run_id, "config_fingerprint": CONFIG.fingerprint,
                                "shared_sha256": (run.marker("publish") or {})["shared"]["sha256"]}).encode()  # fmt: skip
-        keep(run, origin(run.blobs.path(sha256), CONFIG, partition, manifest, sha256=sha256))
+        keep(run, origin(run.blobs.path(sha256), CONFIG, partition, manifest, sha256=sha256), {})
         assembly.accept(run, partition, sha256, {"node_name": LOCAL_NAME, "loss": 3.0, "shared_loss": 3.5, "tokens": 1000})
     write_json(run.reports / "evaluation.json", {"shared": None, "rows": [
         {"experts": number, "arrived": list(partitions[:number]), "final": False, "mean_perplexity": 90.0}

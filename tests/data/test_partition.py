@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from forge.data.clustering import assign_within
+from forge.data.clustering import assign_within, balanced_kmeans
 from forge.data.partition import SPLITS, assign, split_by_partition
 from forge.data.tokens import TokenFile, TokenWriter
 from forge.errors import DataError
+from forge.system import resident_bytes
 
 Split = npt.NDArray[np.uint8]
 WORDS = ("apple pear plum cherry", "engine wheel brake gear", "cell gene protein enzyme")
@@ -64,6 +65,21 @@ def test_clusters_are_found_and_held_out_documents_follow() -> None:
     assert len(set(zip(found.tolist(), truth.tolist(), strict=True))) == 4
     again = assign("clustered", 4, split=split, tokens_per_document=np.full(600, 10), seed=3, features=features)
     np.testing.assert_array_equal(found, again)
+
+
+def test_features_of_a_file_are_read_and_not_kept(tmp_path: Path) -> None:
+    features, _ = blobs(40_000, 4)
+    wide = np.tile(features, (1, 512 // features.shape[1])).astype(np.float32)  # 82 MB
+    wide.tofile(tmp_path / "features.f32")
+    train = np.arange(0, 40_000, 2)
+    expected = balanced_kmeans(wide, ones(40_000), train, 4, 1.25, seed=3)
+    mapped = np.memmap(tmp_path / "features.f32", dtype=np.float32, mode="r", shape=wide.shape)
+    del wide
+    before = resident_bytes()
+    found = balanced_kmeans(mapped, ones(40_000), train, 4, 1.25, seed=3)
+    assert resident_bytes() - before < 40e6
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_lopsided_corpus_is_balanced() -> None:

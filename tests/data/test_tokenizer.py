@@ -100,6 +100,16 @@ def test_reading_back_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path) 
     np.testing.assert_array_equal(token_bytes(load_tokenizer(file)), token_bytes(tokenizer))
 
 
+def test_what_another_program_left_in_the_file_cuts_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "one two three four five " * 20
+    path, _ = tokenizer_files(tokenizer, tmp_path, 128)
+    careless = Tokenizer.from_file(str(path))
+    careless.enable_truncation(8)
+    careless.enable_padding(length=8)
+    careless.save(str(path))
+    assert load_tokenizer(path).encode(text).ids == tokenizer.encode(text).ids
+
+
 def test_tokenizers_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer file"):
         load_tokenizer(tmp_path / "tokenizer.json")

@@ -121,6 +121,15 @@ def test_text_is_what_its_tokens_say(model: MixtureLM) -> None:
     assert text == generate(model, tokenizer, "déjà", sampling)
 
 
+def test_bytes_that_are_no_text_are_a_prompt_too(model: MixtureLM) -> None:
+    typed = b"caf\xe9".decode(errors="surrogateescape")  # As Python reads a command line.
+    assert generate(model, byte_tokenizer(), typed, Sampling(4)) == generate(model, byte_tokenizer(), "caf?", Sampling(4))
+
+
+def test_almost_no_temperature_is_the_most_likely_token(model: MixtureLM) -> None:
+    assert generate_ids(model, [1, 2], 8, temperature=1e-40) == generate_ids(model, [1, 2], 8, temperature=0)
+
+
 def test_an_empty_prompt_starts_a_document(model: MixtureLM) -> None:
     tokenizer = byte_tokenizer()
     expected = [token.id for token in tokens(model, [0], Sampling(8, temperature=0), end_id=0)]

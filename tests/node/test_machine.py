@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from forge.errors import ConfigError, MemoryBudgetError
-from node.machine import GIB, MachineProfile, resolve_device
+from forge.errors import MemoryBudgetError
+from node.machine import GIB, MachineProfile
 
 
 def test_this_machine() -> None:
@@ -14,14 +13,6 @@ def test_this_machine() -> None:
     assert machine.cores >= 1 and 0 < machine.free_bytes <= machine.memory_bytes
     assert machine.device == "cpu" and machine.hostname
     assert machine.default_ram_bytes < machine.memory_bytes
-
-
-def test_devices(tmp_path: Path) -> None:
-    assert resolve_device("auto", tmp_path) in ("cpu", "mps")
-    with pytest.raises(ConfigError, match="--device auto"):
-        resolve_device("cuda", tmp_path)
-    with pytest.raises(ConfigError, match="unknown"):
-        resolve_device("tpu", tmp_path)
 
 
 def test_default_ram(machine: MachineProfile) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -16,6 +18,7 @@ from forge.errors import HubError, StorageError
 from forge.files import RunDirectory
 from forge.publish.card import model_card
 from forge.publish.hub import ATTEMPTS, push_model
+from forge.publish.publication import publish
 from forge.vocabulary import INDEX_FILE, MANIFEST_FILE, PROVENANCE_FILE, expert_file
 from tests.checkpoint.conftest import make_shard, publish_run
 from tests.fakes.hub import FakeHub, Fault, fake_hub
@@ -80,6 +83,17 @@ def test_the_repo_loads_at_every_commit(hub: FakeHub, run: RunDirectory, tmp_pat
     assert not list(run.root.glob(".push-*"))
     downloaded = huggingface_hub.snapshot_download(REPO, endpoint=hub.endpoint, local_dir=tmp_path / "got", token=False)
     assert (Path(downloaded) / expert_file(2)).read_bytes() == held[expert_file(2)]
+
+
+def test_figures_are_of_the_experts_that_are_there(hub: FakeHub, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.publish.publication.push_model", partial(push_model, endpoint=hub.endpoint, token="hf_good"))
+    accept(run, 1, make_shard(run, 1), {"node_name": "laptop"})
+    rows: list[dict[str, Any]] = [{"experts": 1, "arrived": [k], "final": False, "partitions": [], "mean_perplexity": 20.0 + k,
+                                   "pooled_perplexity": 1.0, "pooled_bits_per_byte": 1.0} for k in range(2)]  # fmt: skip
+    publish(run.model, REPO, rows=rows[:1])  # Expert 0 was measured, and taken out again.
+    assert b"20.0" not in hub.repos[REPO].commits[-1].tree["README.md"][0] and not hub.repos[REPO].tags
+    publish(run.model, REPO, rows=rows)
+    assert b"21.0" in hub.repos[REPO].commits[-1].tree["README.md"][0] and list(hub.repos[REPO].tags) == ["experts-1"]
 
 
 def test_nothing_new_is_no_commit(hub: FakeHub, run: RunDirectory) -> None:
