@@ -109,11 +109,12 @@ def test_pace() -> None:
 
 def test_a_job_and_a_node_as_json_lines() -> None:
     out = io.StringIO()
-    with Printer("json", out) as printer:
+    with Printer("json", out, ram_bytes=1 << 30) as printer:
         printer({"event": "stage", "stage": "shared"})
         printer({"event": "progress", "stage": "shared", "step": 4, "steps": 8, "loss": 3.5, "tokens_per_second": 100.0,
                  "message": None, "resident_bytes": 1 << 20})  # fmt: skip
-    stage, progress = map(json.loads, out.getvalue().splitlines())
+    memory, stage, progress = map(json.loads, out.getvalue().splitlines())
+    assert memory["event"] == "memory" and memory["text"].startswith("Work in child processes is held to 1.0G by ")
     assert stage | {"ts": ""} == {"ts": "", "event": "stage", "text": "== shared"}
     assert (progress["event"], progress["step"], progress["loss"], progress["remaining_seconds"]) == ("progress", 4, 3.5, None)
     out = io.StringIO()

@@ -36,7 +36,7 @@ class SequenceSampler:
     The corpus is neither copied nor mapped; memory is 16 bytes a chosen document and 8 bytes a window.
 
     Args:
-        files: one token file, or several read as one (documents are then numbered through).
+        file: the token file.
         seq_len: T, the inputs of one sequence.
         seed: of the order.
         eos_id: the end-of-text token.
@@ -48,21 +48,20 @@ class SequenceSampler:
 
     def __init__(
         self,
-        files: TokenFile | Sequence[TokenFile],
+        file: TokenFile,
         seq_len: int,
         seed: int,
         eos_id: int,
         documents: npt.NDArray[np.integer] | None = None,
     ) -> None:
-        self._files = [files] if isinstance(files, TokenFile) else list(files)
+        self._file = file
         self.seq_len, self.seed, self.eos_id = seq_len, seed, eos_id
-        self._bases: IntArray = np.cumsum([0, *(len(file) for file in self._files)])
         if documents is None:
-            documents = np.arange(self._bases[-1])
+            documents = np.arange(len(file))
         if not len(documents):
             raise ValueError("a sampler needs at least one document")
         self._documents: IntArray = np.asarray(documents, dtype=np.int64)
-        lengths: IntArray = np.concatenate([file.lengths for file in self._files])[self._documents] + 1
+        lengths: IntArray = file.lengths[self._documents] + 1
         self._starts: IntArray = np.concatenate([[0], np.cumsum(lengths)])
         self._order: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -100,12 +99,9 @@ class SequenceSampler:
             out[0] = self.eos_id
             out = out[1:]
             start = 1
-        document = int(self._documents[row])
-        number = int(np.searchsorted(self._bases, document, side="right")) - 1
-        file = self._files[number]
-        begin = int(file.offsets[document - self._bases[number]]) + start - 1
+        begin = int(self._file.offsets[self._documents[row]]) + start - 1
         if len(out):
-            out[:] = file.read(begin, begin + len(out))
+            out[:] = self._file.read(begin, begin + len(out))
 
     def _window_at(self, position: int) -> int:
         epoch, rank = divmod(position, self.windows)

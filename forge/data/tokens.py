@@ -8,7 +8,7 @@ can be written last although it comes first. No torch here.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 import json
@@ -26,7 +26,7 @@ from forge.errors import StorageError, storage_errors
 from forge.files import atomic_file
 from forge.system import read_at
 
-#: Bytes kept for the header: a JSON object of two tensors (under 300 bytes) and short metadata; a multiple of 8, so
+#: Bytes kept for the header: a JSON object of two tensors and the vocabulary's size (under 300 bytes); a multiple of 8, so
 #: that the tokens are aligned.
 HEADER_BYTES = 1024
 #: Largest header that a reader accepts, so that a damaged length cannot make it allocate the machine's memory.
@@ -49,16 +49,14 @@ class TokenWriter:
     Args:
         path: the file to make.
         vocab_size: tokens in the vocabulary; decides the type on disk and is recorded in the metadata.
-        metadata: short strings to keep in the header.
 
     Raises:
         StorageError: the disk is full or the directory cannot be written.
     """
 
-    def __init__(self, path: Path, vocab_size: int, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, vocab_size: int) -> None:
         self.path = path
         self.vocab_size = vocab_size
-        self.metadata = {**(metadata or {}), "vocab_size": str(vocab_size)}
         self._code = token_dtype(vocab_size)
         self._offsets = array("q", [0])
         self._stack = ExitStack()
@@ -110,7 +108,7 @@ class TokenWriter:
     def _finish(self, file: IO[bytes]) -> None:
         end = self.tokens * _DTYPES[self._code].itemsize
         header = {
-            "__metadata__": self.metadata,
+            "__metadata__": {"vocab_size": str(self.vocab_size)},
             "tokens": {"dtype": self._code, "shape": [self.tokens], "data_offsets": [0, end]},
             "offsets": {
                 "dtype": "I64",
@@ -119,8 +117,6 @@ class TokenWriter:
             },
         }
         text = json.dumps(header, separators=(",", ":")).encode()
-        if len(text) > HEADER_BYTES:
-            raise ValueError(f"the metadata of a token file must fit into {HEADER_BYTES} bytes with the header")
         with storage_errors(self.path):
             file.write(np.frombuffer(self._offsets, dtype=np.int64).astype("<i8").tobytes())
             file.seek(0)

@@ -68,15 +68,6 @@ def test_seeds_and_epochs_have_orders_of_their_own(directory: Path) -> None:
     assert shuffled(6, 3, 1).tolist() == [3, 5, 4, 0, 2, 1]  # the same on every machine and in every version
 
 
-def test_several_files_are_one_stream(directory: Path) -> None:
-    one = token_file(directory / "one", [3, 4, 0, 6])
-    split = [token_file(directory / "a", [3, 4]), token_file(directory / "b", [0, 6], first=8)]
-    for documents in (None, np.array([3, 0])):
-        whole = SequenceSampler(one, 4, 1, EOS, documents)
-        parts = SequenceSampler(split, 4, 1, EOS, documents)
-        np.testing.assert_array_equal(whole.batch(0, 9), parts.batch(0, 9))
-
-
 def test_a_sampler_needs_a_document(directory: Path) -> None:
     with pytest.raises(ValueError, match="at least one document"):
         SequenceSampler(token_file(directory / "t", [3]), 4, 0, EOS, np.array([], dtype=np.int64))
