@@ -58,7 +58,7 @@ bench-speed: $(VENV)/.installed-dev
 bench-busy: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.busy $(ARGS)
 
-# A billion parameters in 8 GB: an hour on two cores.
+# A billion parameters in 8 GB: two hours on two cores.
 bench-billion: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.billion --output benchmarks/results/billion.md $(ARGS)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.errors import INTERRUPTED, StorageError, report_errors
+from forge.errors import INTERRUPTED, ConfigError, StorageError, report_errors
 from forge.tracking import track_option
 from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT, INDEX_FILE
 
@@ -59,13 +59,15 @@ def main() -> None:
 def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen: str, push: str | None,
           private: bool, dashboard: str | None, announce: bool, invite: int | None, ram: str | None, exit_when_done: bool,
           insecure: int, log_format: LogFormat, track: str | None) -> None:  # fmt: skip
-    """Start, or go on with, a run; the same command goes on after any interruption."""
+    """Start a run, or go on with it after any interruption."""
     from coordinator.addresses import is_loopback, parse_listen
     from coordinator.serve import serve as run
     from forge.config import load_config
     from forge.pipeline import check_budget
     from forge.train.memory import STAGES, parse_size
 
+    if overrides and "=" not in overrides[0]:
+        raise ConfigError(f"{overrides[0]!r} is no KEY=VALUE: did you mean --config {overrides[0]}?")
     resolved = load_config(config, overrides)
     if invite is None:  # Where no person reads it, a secret would only lie in a log.
         invite = INVITED if sys.stdout.isatty() and not is_loopback(parse_listen(listen)[0]) else 0
@@ -105,7 +107,7 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--private", is_flag=True, help="Create the repository private.")
 @report_errors()
 def push(repo: str, run_dir: Path | None, private: bool) -> None:
-    """Push the run's model to the Hub as it is now; again, it sends what is missing. A coordinator may run meanwhile."""
+    """Push the run's model to the Hub as it is now. Again, it sends what is missing; a coordinator may run meanwhile."""
     from coordinator.admin import find_run
     from forge.files import RunDirectory
     from forge.publish.publication import check_repository, publish
@@ -130,7 +132,7 @@ def push(repo: str, run_dir: Path | None, private: bool) -> None:
 @report_errors()
 def simulate(nodes: int, experts: int, churn: tuple[float, ...], seeds: int, seed: int, expert_hours: float,
              as_json: bool) -> None:  # fmt: skip
-    """Print how long a run would take with nodes that come and go, and what of their work would be wasted."""
+    """Print how long a run takes with nodes that come and go. And what of their work would be wasted."""
     from coordinator.simulation import Scenario, describe, table
 
     base = Scenario(nodes=nodes, experts=experts, churn=0.0, seed=seed, expert_hours=expert_hours)
@@ -140,7 +142,7 @@ def simulate(nodes: int, experts: int, churn: tuple[float, ...], seeds: int, see
 
 @main.group()
 def token() -> None:
-    """Invite machines: an invitation is one string that lets a number of nodes in."""
+    """Invite machines. An invitation is one string that lets a number of nodes in."""
 
 
 @token.command("create")
@@ -206,7 +208,7 @@ def _show(lines: str, values: Callable[[dict[str, Any]], Any], run_dir: Path | N
 @_json_option
 @report_errors()
 def experts(run_dir: Path | None, as_json: bool) -> None:
-    """Show every expert: its state, who trains it, how far that is, its losses."""
+    """Show every expert. Its state, who trains it, how far that is, its losses."""
     _show("expert_lines", lambda snapshot: snapshot["experts"], run_dir, as_json)
 
 
@@ -215,7 +217,7 @@ def experts(run_dir: Path | None, as_json: bool) -> None:
 @_json_option
 @report_errors()
 def partitions(run_dir: Path | None, as_json: bool) -> None:
-    """Show every partition: its text, and the perplexity on it of the model and of the shared components alone."""
+    """Show every partition: its text, and the perplexity on it. Of the model, and of the shared components alone."""
     from coordinator.listing import partitions as rows
 
     _show("partition_lines", rows, run_dir, as_json)
@@ -227,7 +229,7 @@ def partitions(run_dir: Path | None, as_json: bool) -> None:
 @_json_option
 @report_errors()
 def events(run_dir: Path | None, follow: bool, as_json: bool) -> None:
-    """Show what happened, in order; no coordinator has to run for that."""
+    """Show what happened, in order. No coordinator has to run for that."""
     from coordinator.admin import find_run
     from coordinator.listing import event_line
     from coordinator.listing import events as read

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="modularforge")
 def main() -> None:
-    """Train a mixture of experts from scratch, one expert in memory at a time."""
+    """Train a mixture of experts from scratch, one expert in memory at a time.
+
+    CONFIG is a YAML file or the name of a packaged one: smoke, default (where none is given) or billion.
+    """
     wait_asleep()
 
 
@@ -57,7 +60,7 @@ _device_option = click.option("--device", default="auto", type=click.Choice(DEVI
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @report_errors()
 def show_config(config: str, overrides: tuple[str, ...]) -> None:
-    """Print the resolved config, its parameters, the memory of each stage and its fingerprint."""
+    """Print the resolved config. With it its parameters, the memory of each stage and its fingerprint."""
     from forge.config import load_config
     from forge.train.memory import STAGES, candidates, format_size
 
@@ -84,7 +87,7 @@ def show_config(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--nodes", type=click.IntRange(1), help="Machines like this one that will train experts; default one an expert.")
 @report_errors()
 def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: int | None) -> None:
-    """Print the memory of every process within --ram, how training will run, and whether its time is well split."""
+    """Print how a run would go within --ram. Every process's memory, the speed of training, and whether time is well split."""
     from forge.config import load_config
     from forge.train.memory import parse_size
 
@@ -105,7 +108,7 @@ def show_plan(config: str, overrides: tuple[str, ...], ram: str | None, nodes: i
 @report_errors()
 def run(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
         device: str, log_format: LogFormat, track: str | None) -> None:  # fmt: skip
-    """Do everything on this machine: prepare, train, assemble, evaluate."""
+    """Do everything here: prepare, train, assemble, evaluate."""
     from forge import pipeline
 
     with _begun(config, overrides, run_dir, ram, device) as (resolved, root, ram_bytes):
@@ -149,7 +152,7 @@ def prepare(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: 
 @report_errors()
 def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: str | None, threads: int | None,
           device: str, partition: int | None) -> None:  # fmt: skip
-    """Train the shared components, fit the router, and train the experts that have not arrived."""
+    """Train the shared components, the router and the missing experts."""
     from forge import pipeline
     from forge.checkpoint.assembly import arrived, start
     from forge.vocabulary import STAGES
@@ -173,7 +176,7 @@ def train(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: st
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @report_errors()
 def assemble(run_dir: Path) -> None:
-    """Bring the assembled model of a run directory up to date with the shards it holds."""
+    """Put the shards that a run directory holds into its model."""
     from forge.checkpoint.assembly import arrived, start
     from forge.files import RunDirectory, claimed
 
@@ -191,7 +194,7 @@ def assemble(run_dir: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
 def verify(target: Path, as_json: bool) -> None:
-    """Check every hash and signature of a model, from its data set to the last expert, and print its lineage."""
+    """Check every hash and signature of a model. Print its lineage, from its data set to the last expert."""
     from forge.checkpoint import verify as verification
 
     found = verification.verify(target)
@@ -209,7 +212,7 @@ def verify(target: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
 def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool) -> None:
-    """Measure a run directory on its held-out documents, or a model directory on --data."""
+    """Measure a run on its held-out documents, or a model on --data."""
     if data is not None and contributions:
         raise ConfigError("--contributions measures a run on its own held-out documents: leave --data out.")
     if data is None:
@@ -240,8 +243,7 @@ def evaluate(target: Path, data: str | None, contributions: bool, as_json: bool)
     from forge.data.sources import documents
     from forge.evaluate.text import evaluate_text
 
-    _check_model_dir(target)
-    result = evaluate_text(target, (document.text for document in documents(DataConfig(source=data))))
+    result = evaluate_text(_model_of(target), (document.text for document in documents(DataConfig(source=data))))
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{result['documents']:,} documents, {result['tokens']:,} tokens: loss {result['loss']:.4f} nats a token, "
                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte")  # fmt: skip
@@ -289,7 +291,7 @@ def report(run_dir: Path, output: Path | None) -> None:
 @click.argument("prompt", default="")
 @report_errors()
 def generate(model: Path, prompt: str, show_experts: bool, **sampling: Any) -> None:
-    """Continue PROMPT (- reads it from stdin) with MODEL, a model directory or a run directory."""
+    """Continue PROMPT with a model. MODEL is the directory of a model or of a run; - reads the prompt from stdin."""
     directory = _model_of(model)
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -310,7 +312,7 @@ def generate(model: Path, prompt: str, show_experts: bool, **sampling: Any) -> N
 @_sampling_options
 @report_errors()
 def chat(model: Path, show_experts: bool, **sampling: Any) -> None:
-    """Write a text in turns with MODEL, a model directory or a run directory; it continues what you type."""
+    """Write a text in turns with a model. MODEL is the directory of a model or of a run; it continues what you type."""
     directory = _model_of(model)
     from forge.chat import Chat, Voice, telling_words
     from forge.evaluate.generate import Sampling
@@ -329,8 +331,8 @@ def chat(model: Path, show_experts: bool, **sampling: Any) -> None:
               help="Type of the weights.")  # fmt: skip
 @report_errors()
 def export(model_dir: Path, target: Path, kind: Any) -> None:
-    """Write an assembled model as one GGUF file, with an Ollama Modelfile beside it."""
-    _check_model_dir(model_dir)
+    """Write a model as one GGUF file. An Ollama Modelfile goes beside it."""
+    model_dir = _model_of(model_dir)
     from forge.publish.gguf import export_gguf
     from forge.train.memory import format_size
 
@@ -344,10 +346,10 @@ def export(model_dir: Path, target: Path, kind: Any) -> None:
 @click.option("--private", is_flag=True, help="Create the repository private.")
 @report_errors()
 def push(model_dir: Path, repo: str, private: bool) -> None:
-    """Push a model directory to the Hugging Face Hub; the repository holds a loadable model at every commit."""
+    """Push a model to the Hugging Face Hub. The repository holds a loadable model at every commit."""
     from forge.publish.publication import check_repository, publish
 
-    _check_model_dir(model_dir, INDEX_FILE)
+    model_dir = _model_of(model_dir, INDEX_FILE)
     check_repository(repo)
     click.echo(publish(model_dir, repo, private=private))
 
@@ -370,21 +372,17 @@ def _begun(config: str, overrides: tuple[str, ...], run_dir: Path | None, ram: s
         yield resolved, root, ram_bytes
 
 
-def _model_of(path: Path) -> Path:
-    """The model directory that a path means: itself, or the one of a run directory."""
+def _model_of(path: Path, *files: str) -> Path:
+    """The model directory that a path means: itself, or the one of a run directory. It has one of the files."""
     if (path / "run.yaml").is_file() and not (path / "model" / INDEX_FILE).is_file():
         raise StorageError(f"The run in {path} has no assembled model yet: it has one as soon as it is published.")
     model = path / "model" if (path / "model" / INDEX_FILE).is_file() else path
-    _check_model_dir(model)
-    return model
-
-
-def _check_model_dir(path: Path, *files: str) -> None:
-    """Refuse a directory without a model, in one of the files, before anything heavy is imported."""
     files = files or (INDEX_FILE, SINGLE_FILE)
-    if not any((path / name).is_file() for name in files):
-        hint = str(path / "model") if (path / "model" / INDEX_FILE).is_file() else "the `model` directory of a run"
-        raise StorageError(f"{path} is not a model directory: it has no {' and no '.join(files)}; give {hint}.")
+    if not path.exists():
+        raise StorageError(f"There is no {path}: give a model directory or a run directory.")
+    if not any((model / name).is_file() for name in files):
+        raise StorageError(f"{path} is not a model directory: it has no {' and no '.join(files)}; give one, or a run directory.")
+    return model
 
 
 def _threads(threads: int | None) -> int:

@@ -346,9 +346,13 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+#: What may be another from one command on a run to the next.
+FREE_SECTIONS = ("name", "evaluation", "fleet")
+
+
 def fingerprint_of(tree: Mapping[str, Any]) -> str:
     """`RunConfig.fingerprint` of a config as a tree, as the version that wrote it computed it."""
-    decisive = {key: value for key, value in tree.items() if key not in ("name", "evaluation", "fleet")}
+    decisive = {key: value for key, value in tree.items() if key not in FREE_SECTIONS}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -439,7 +443,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    # A key that is misspelt is missing, too: what is unknown tells more.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     more = f" {error.error_count() - 1} more like it." if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -448,8 +453,10 @@ def _sentence(error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         return f"{where}: the key {key!r} is missing.{more}"
     message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{where}: {message}.{more}"
+    if first["type"] == "model_type":
+        return f"{where}: {key} = {_short(first['input'])} is wrong: it is a section, with keys of its own.{more}"
+    if isinstance(first["input"], Mapping):
+        return f"{where}: {f'in {key}, ' if key else ''}{message}.{more}"
     return f"{where}: {key} = {_short(first['input'])} is wrong: {message[0].lower()}{message[1:]}.{more}"
 
 

@@ -154,7 +154,7 @@ def report_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("Interrupted: run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        print("Interrupted: what trains goes on from its last checkpoint when the same command is run again.", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -16,7 +16,7 @@ import shutil
 from typing import IO, Any
 import uuid
 
-from forge.config import RunConfig, parse_config
+from forge.config import FREE_SECTIONS, RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.plain_yaml import read_yaml
 from forge.system import lock, sync_directory
@@ -213,10 +213,8 @@ class RunDirectory:
         if resolved.is_file():
             held = run.config
             if held.fingerprint != config.fingerprint:
-                raise RunMismatchError(
-                    f"{root} holds the run {held.name!r} with another config (fingerprint {held.fingerprint[:12]}, "
-                    f"asked for {config.fingerprint[:12]}): choose another run directory, or delete this one to start "
-                    "anew.")  # fmt: skip
+                raise RunMismatchError(f"{root} holds the run {held.name!r} with another config ({_differences(held, config)}): "
+                                       "choose another run directory or another `name=`.")  # fmt: skip
         with storage_errors(root):
             for directory in (run.blobs.directory, run.data, run.work, run.reports, root / "stages"):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -252,6 +250,20 @@ class RunDirectory:
         """Mark a stage finished. Everything it made must be synced before."""
         write_json(self.root / "stages" / f"{stage}.json", facts)
         return facts
+
+
+def _differences(held: RunConfig, asked: RunConfig, shown: int = 3) -> str:
+    """The first settings that are not the same, as `seed: 0 there, 3 here`."""
+    there, here = (_flat(config.model_dump(mode="json", exclude=set(FREE_SECTIONS))) for config in (held, asked))
+    different = [f"{key}: {there[key]} there, {here[key]} here" for key in there if there[key] != here[key]]
+    return "; ".join(different[:shown]) + (f"; {len(different) - shown} more" if len(different) > shown else "")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from typing import Any
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.provenance import keep, origin
 from forge.config import RunConfig
-from forge.errors import ForgeError, ShardError
+from forge.errors import ForgeError, MemoryBudgetError, ShardError
 from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes, total_memory
 from forge.train.memory import STAGES as MEMORY_STAGES
-from forge.train.memory import Stage, plan, process_bytes
+from forge.train.memory import Stage, format_size, hungriest, plan, process_bytes
 from forge.vocabulary import STAGES
 
 Progress = Callable[..., None]
@@ -292,10 +292,12 @@ def note_memory(run: RunDirectory, process: str, facts: dict[str, Any]) -> None:
 
 
 def check_budget(config: RunConfig, ram_bytes: int, stages: Iterable[Stage] = MEMORY_STAGES) -> None:
-    """Refuse a budget that cannot hold every stage, before anything is read or downloaded.
+    """Refuse a budget that this machine does not have or that cannot hold every stage, before anything is read or downloaded.
 
     Raises:
         MemoryBudgetError: names the `--ram` that would do.
     """
-    for stage in stages:
-        plan(config, stage, ram_bytes)
+    if ram_bytes > (there := total_memory()):
+        raise MemoryBudgetError(f"--ram asks for {format_size(ram_bytes)} and this machine has {format_size(there)}: give at "
+                                f"most --ram {there >> 20}M.")  # fmt: skip
+    plan(config, hungriest(config, stages), ram_bytes)

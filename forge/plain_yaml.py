@@ -15,6 +15,19 @@ MAX_DEPTH: Final = 32
 MAX_NUMBER: Final = 1 << 64
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which of a key that is there twice would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str, where: str) -> Any:
     """Read one YAML document.
 
@@ -23,10 +36,10 @@ def read_yaml(text: str, where: str) -> Any:
         where: what it is, for the sentence.
 
     Raises:
-        ConfigError: it is not valid YAML, or larger, deeper or of larger numbers than any config.
+        ConfigError: it is not valid YAML, has a key twice, or is larger, deeper or of larger numbers than any config.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""

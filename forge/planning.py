@@ -6,9 +6,8 @@ from collections.abc import Iterator
 import math
 
 from forge.config import RunConfig
-from forge.errors import MemoryBudgetError
 from forge.live import duration
-from forge.train.memory import STAGES, TRAINING, Plan, Stage, candidates, format_size, plan
+from forge.train.memory import STAGES, TRAINING, Plan, Stage, candidates, format_size, hungriest, plan
 from forge.train.shared import maturity
 from forge.train.speed import tokens_per_second
 
@@ -39,23 +38,19 @@ def plan_lines(config: RunConfig, ram_bytes: int, rate: float, nodes: int | None
     Raises:
         MemoryBudgetError: after the last line, when a process does not fit; names the `--ram` that would do.
     """
-    misfit: MemoryBudgetError | None = None
     yield f"predicted peak memory of every process within {format_size(ram_bytes)}"
     for stage in STAGES:
-        try:
-            chosen = plan(config, stage, ram_bytes)
-        except MemoryBudgetError as error:
-            chosen, misfit = list(candidates(config, stage))[-1], misfit or error
+        options = list(candidates(config, stage))
+        chosen = next((option for option in options if option.peak_bytes <= ram_bytes), options[-1])
         mark = " " if chosen.peak_bytes <= ram_bytes else "!"
         parts = ", ".join(f"{name} {format_size(size)}" for name, size in chosen.parts.items() if size)
         yield f"{mark} {stage:10}{format_size(chosen.peak_bytes):>7}  {parts}"
     yield ""
     yield f"training on this machine, which multiplies at {rate / 1e9:.0f} GFLOP/s (> is the plan)"
-    yield f"  {'':8}{'micro-batch':>12}{'accumulated':>12}{'recomputed':>11}{'peak':>8}{'tokens/s':>10}{'takes':>14}"
+    yield f"  {'':8}{'micro-batch':>12}{'accumulated':>12}{'recomputed':>11}{'peak':>8}{'tokens/s':>10}{'takes':>17}"
     for stage in TRAINING:
         yield from _choices(config, stage, ram_bytes, rate)
-    if misfit is not None:
-        raise misfit
+    plan(config, hungriest(config, STAGES), ram_bytes)
     yield ""
     yield from _split(config, ram_bytes, rate, nodes or config.model.n_experts)
 
@@ -104,5 +99,5 @@ def _choices(config: RunConfig, stage: Stage, ram_bytes: int, rate: float) -> It
         speed = tokens_per_second(config, option, rate)
         yield (f"{'>' if option is chosen else ' '} {stage:8}{option.micro_batch:12}"
                f"{config.batch_size(stage) // option.micro_batch:12}{'yes' if option.recompute else 'no':>11}"
-               f"{format_size(option.peak_bytes):>8}{speed:10,.0f}{duration(tokens / speed):>14}")  # fmt: skip
+               f"{format_size(option.peak_bytes):>8}{speed:10,.0f}{duration(tokens / speed):>17}")  # fmt: skip
     yield f"  {gain(config, stage, ram_bytes, rate)}"

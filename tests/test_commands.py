@@ -108,10 +108,9 @@ def test_push(road: Road) -> None:
 
 @pytest.mark.parametrize(("command", "code", "words"), [
     ("forge evaluate nowhere", "storage", ["nowhere is not a run directory", "--data SOURCE"]),
-    ("forge evaluate run --data text.txt", "storage", ["run is not a model directory", "give run/model."]),
     ("forge evaluate run --contributions --data text.txt", "config", ["leave --data out"]),
     ("forge evaluate run/model --contributions", "storage", ["run/model is not a run directory"]),
-    ("forge generate nowhere", "storage", ["nowhere is not a model directory", "`model` directory of a run"]),
+    ("forge generate nowhere", "storage", ["There is no nowhere", "a model directory or a run directory"]),
     ("forge generate run 'The' --max-tokens 1000", "config", ["do not fit in the model's context of 128"]),
     ("forge generate run 'The' --seed 99999999999999999999", "config", ["must fit in 64 bits"]),
     ("forge chat text.txt", "storage", ["text.txt is not a model directory"]),

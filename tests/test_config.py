@@ -57,6 +57,7 @@ def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else() -> No
         ("name.deeper=1", "which is a value and not a section"),
         ("name=../escape", "name = '../escape' is wrong"),
         ("seed=[", "is not valid YAML"),
+        ("model=3", "model = 3 is wrong: it is a section, with keys of its own"),
         ("seed=1e20", "seed = 100000000000000000000 is wrong"),
         ("router.shrinkage=0", "router.shrinkage = 0 is wrong"),
     ],
@@ -78,8 +79,16 @@ def test_bad_files(tmp_path: Path) -> None:
         load_config(str(bad))
     with pytest.raises(ConfigError, match="no config file nowhere.yaml.*billion, default, smoke"):
         load_config(str(tmp_path / "nowhere.yaml").replace(str(tmp_path) + "/", ""))
+    bad.write_text("model:\n  d_model: 64\nmodel:\n  d_ff: 64\n")
+    with pytest.raises(ConfigError, match=r"bad.yaml, line 3 is not valid YAML: the key 'model' is there twice"):
+        load_config(str(bad))
+    bad.write_text("base: &base {d_model: 64}\nmodel: {<<: *base, d_model: 32}")
+    with pytest.raises(ConfigError, match="unknown key 'base'"):  # A merge is no second time.
+        load_config(str(bad))
     with pytest.raises(ConfigError, match="the key 'train' is missing"):
         parse_config({})
+    with pytest.raises(ConfigError, match="unknown key 'trian'; did you mean 'train'"):
+        parse_config({"trian": {"batch_size": 4}})
 
 
 def test_every_field_is_documented() -> None:

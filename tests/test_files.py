@@ -81,7 +81,7 @@ def test_a_run_directory_goes_on_with_its_own_config_only(tmp_path: Path) -> Non
     again = RunDirectory.open(tmp_path / "run", config)
     assert again.run_id == run_id and again.marker("prepare") == {"documents": 3}
     assert not list(run.root.rglob("*.tmp"))
-    with pytest.raises(RunMismatchError, match="holds the run 'smoke' with another config"):
+    with pytest.raises(RunMismatchError, match=r"holds the run 'smoke' with another config \(seed: 0 there, 9 here\)"):
         RunDirectory.open(tmp_path / "run", load_config("smoke", ["seed=9"]))
 
 

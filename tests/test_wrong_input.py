@@ -67,6 +67,7 @@ WRONG = [
     ("forge data inspect small.txt --max-bytes 0.5", "config", ["'0.5' is not a size"]),
     ("forge run tiny.yaml --device mps", "config", ["--device mps is not available", "--device auto"]),
     ("forge run tiny.yaml --ram 64M", "memory", ["--ram allows 64M", "use --ram ", "M or more."]),
+    ("forge run tiny.yaml --ram 900T", "memory", ["--ram asks for 921600.0G", "give at most --ram"]),
     ("forge run tiny.yaml --ram much", "config", ["'much' is not a size", "8G"]),
     ("forge run tiny.yaml --run-dir small.txt", "storage", ["small.txt", "Not a directory", "choose another"]),
     ("forge run tiny.yaml --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
@@ -75,6 +76,8 @@ WRONG = [
     (f"{SERVE} data.source=blank.txt", "data", ["blank.txt has no text", "empty or blank"]),
     (f"{SERVE} data.source=small.txt", "data", ["1 documents", "model.n_experts: 2", "use more text"]),
     (f"{SERVE} --ram 64M", "memory", ["--ram allows 64M", "use --ram ", "M or more."]),
+    (f"{SERVE} --ram 900T", "memory", ["--ram asks for 921600.0G", "give at most --ram"]),
+    ("forge-coordinator serve tiny.yaml", "config", ["'tiny.yaml' is no KEY=VALUE", "did you mean --config tiny.yaml?"]),
     (f"{SERVE} --run-dir /proc/run", "storage", ["/proc/run", "choose another"]),
     ("forge-coordinator serve --config tiny.yaml --listen here", "config", ["--listen 'here'", "HOST:PORT"]),
     (f"{SERVE} --push tiny", "config", ["'tiny' must look like USER/REPO"]),
@@ -130,7 +133,8 @@ def test_the_mended_command_begins_in_the_same_directory(desk: Path) -> None:
     assert "prepared 60 documents" in worked(run("forge prepare tiny.yaml", desk)).out
     before = tree(desk)
     is_one_sentence(run("forge train tiny.yaml model.n_experts=3", desk), "run-mismatch",
-                    "runs/tiny holds the run 'tiny' with another config", "choose another run directory")  # fmt: skip
+                    "runs/tiny holds the run 'tiny' with another config (model.n_experts: 2 there, 3 here)",
+                    "choose another run directory")  # fmt: skip
     is_one_sentence(run("forge train tiny.yaml --ram 64M", desk), "memory", "--ram allows 64M")
     assert tree(desk) == before
     assert "prepared 60 documents" in worked(run("forge prepare tiny.yaml", desk)).out

@@ -12,7 +12,7 @@ import click
 from forge.errors import StorageError, report_errors
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def data() -> None:
     """Look at text before training on it."""
 

@@ -96,11 +96,12 @@ def prepare(config: RunConfig, directory: Path, on_progress: Progress | None = N
     scan = scan_documents(config.data, progress)
     split_M = split_documents(np.frombuffer(scan.digests, dtype=np.uint64), config.model.n_experts,
                               config.data.validation_fraction, config.data.test_fraction)  # fmt: skip
-    tokenizer = given or train_tokenizer(_training_text(config, split_M, progress), config.model.vocab_size)
+    sizes_M = np.frombuffer(scan.sizes, dtype=np.int64)
+    text = _training_text(config, split_M, int(sizes_M[split_M == TRAIN].sum()), progress)
+    tokenizer = given or train_tokenizer(text, config.model.vocab_size)
     tokenizer_files(tokenizer, directory, config.model.max_seq_len)
     encode(config, tokenizer, scan, directory / CORPUS_FILE, progress)
     lengths_M = TokenFile(directory / CORPUS_FILE).lengths
-    sizes_M = np.frombuffer(scan.sizes, dtype=np.int64)
     facts = _facts(split_M, lengths_M, sizes_M)
     needed = config.model.n_experts * (config.model.max_seq_len + 1)
     if facts["splits"]["train"]["tokens"] < needed:
@@ -164,13 +165,14 @@ def scan_documents(config: DataConfig, progress: Progress = _silent) -> Scan:
             told = done
     if not scan.sizes:
         raise DataError(f"The source {config.source} has no text: every document is empty or blank.")
-    progress(done, done, "reading the corpus")
+    cut = config.max_bytes is not None and done >= config.max_bytes
+    progress(done, done, "reading the corpus" + (", which ends at data.max_bytes" if cut else ""))
     return scan
 
 
-def _training_text(config: RunConfig, split_M: npt.NDArray[np.uint8], progress: Progress) -> Iterator[str]:
-    """The text that the tokenizer is learned from: the start of the training documents."""
-    total = left = config.tokenizer.train_bytes
+def _training_text(config: RunConfig, split_M: npt.NDArray[np.uint8], size: int, progress: Progress) -> Iterator[str]:
+    """The text that the tokenizer is learned from: the start of the training documents, which have so many bytes."""
+    total = left = min(config.tokenizer.train_bytes, size)
     for index, document in enumerate(documents(config.data)):
         if index >= len(split_M) or split_M[index] != TRAIN:
             continue

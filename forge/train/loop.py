@@ -113,8 +113,8 @@ def train(model: DenseLM, sampler: SequenceSampler, settings: LoopSettings, prog
             loss, norm = _accumulate(model, sampler, settings, step, optimizer)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(f"The loss of step {step} of the {settings.stage} phase is not finite (loss {loss}, "
-                                    f"gradient norm {norm}): lower the learning rate (now {settings.phase.learning_rate}) "
-                                    "and start the phase again.")  # fmt: skip
+                                    f"gradient norm {norm}): lower the learning rate (now {settings.phase.learning_rate}), "
+                                    "in a run of another `name=`: this one keeps its config.")  # fmt: skip
             rate = learning_rate(settings.phase, step, settings.steps)
             optimizer.step(rate)
             step += 1

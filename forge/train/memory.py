@@ -10,7 +10,7 @@ model is counted. N positions of a forward pass, D model width, F FFN width, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -132,6 +132,11 @@ def plan(config: RunConfig, stage: Stage, ram_bytes: int, products: Products | N
     raise MemoryBudgetError(
         f"{_STAGE_NAMES.get(stage, f'The {stage} stage')} of the run {config.name!r} needs {format_size(needed)} and --ram "
         f"allows {format_size(ram_bytes)}: use --ram {math.ceil(needed / (64 * MB)) * 64}M or more.")  # fmt: skip
+
+
+def hungriest(config: RunConfig, stages: Iterable[Stage]) -> Stage:
+    """The stage whose smallest plan is the largest: what fits it fits them all."""
+    return max(stages, key=lambda stage: min(candidate.peak_bytes for candidate in candidates(config, stage)))
 
 
 def candidates(config: RunConfig, stage: Stage, products: Products | None = None) -> Iterator[Plan]:

@@ -26,6 +26,7 @@ from forge.train.memory import (
     Stage,
     candidates,
     format_size,
+    hungriest,
     parse_size,
     plan,
     predict,
@@ -57,6 +58,12 @@ def test_a_plan_fits_or_the_refusal_names_a_budget_that_does(ram: int, stage: St
         named = str(error).split("use --ram ")[1].split(" or more")[0]
         assert parse_size(named) > ram
         assert isinstance(plan(config, stage, parse_size(named)), Plan)
+
+
+def test_the_hungriest_stage_decides() -> None:
+    config = load_config("default")
+    needed = min(option.peak_bytes for option in candidates(config, hungriest(config, STAGES)))
+    assert all(plan(config, stage, needed).peak_bytes <= needed for stage in STAGES)
 
 
 def test_an_expert_costs_less_than_the_shared_components() -> None:
