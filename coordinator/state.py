@@ -24,7 +24,8 @@ asking twice gives the same answer.
 A late shard (C from a lease that another node has meanwhile) is welcome unless a shard of the partition is pending or
 accepted; the other lease stays active until A. A shard handed in while another one is pending is answered `pending`
 without a transition, so that its node asks again and learns what became of the other one. A node whose shards of one
-partition were judged bad `MAX_REJECTIONS` times is not given that partition again. Unique constraints
+partition were judged bad `MAX_REJECTIONS` times is not given that partition again, nor is another shard of it taken from
+that node under a lease that it had before; and a lease whose shard was judged bad takes no other one. Unique constraints
 (coordinator/tables.py) hold the database to it: one active lease a node, one a partition besides its backup, one pending or
 accepted shard a partition.
 """
@@ -42,7 +43,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import handovers
-from coordinator.choice import behind, choose, first_for
+from coordinator.choice import behind, choose, first_for, may_train
 from coordinator.database import Database
 from coordinator.handovers import Handovers
 from coordinator.records import CheckpointRecord, Counts, LeaseRecord, LocalExpert, Receipt, Verdict
@@ -165,7 +166,11 @@ class State(Handovers):
     # --- shards -----------------------------------------------------------------------------------------------------
 
     def receipt(self, lease_id: str, node_id: str, sha256: str) -> Receipt | None:
-        """What is known of a shard: its verdict, or that another one was accepted; None when it may be handed in."""
+        """What is known of a shard: its verdict, or that another one was accepted; None when it may be handed in.
+
+        Raises:
+            ProtocolError: it may not: the lease is unknown or another node's, or too much of it was judged bad.
+        """
         with self._database.transaction() as session:
             return self._receipt(session, _own(session, lease_id, node_id), sha256)
 
@@ -174,7 +179,7 @@ class State(Handovers):
         """Rule C: hand in a complete shard whose signature was checked.
 
         Raises:
-            ProtocolError: the lease is unknown or another node's.
+            ProtocolError: as of `receipt`.
         """
         with self._database.transaction() as session:
             lease = _own(session, lease_id, node_id)
@@ -319,7 +324,8 @@ class State(Handovers):
 
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
-        if shard is not None and lease.ended == "rejected":
+        judged_bad = lease.ended in ("rejected", "misled")
+        if shard is not None and judged_bad:
             why = tuple(shard.reasons) or (ELSEWHERE,)
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=why)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
@@ -328,6 +334,9 @@ class State(Handovers):
             return _receipt(shard)
         if _partition(session, lease.partition).state == "accepted":
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
+        if judged_bad or not may_train(session, lease.node_id, lease.partition):
+            raise ProtocolError("What this node handed in of this partition was rejected, and another shard of it is not taken "
+                                "under this lease: ask for a new one.")  # fmt: skip
         return None
 
 

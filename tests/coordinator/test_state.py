@@ -165,16 +165,18 @@ def test_a_shard_in_the_queue_gets_its_turn_when_the_one_in_front_is_rejected(st
 
 def test_the_other_lease_goes_on_when_a_late_shard_is_rejected_and_ends_when_it_is_accepted(
         state: State, clock: Clock) -> None:  # fmt: skip
-    late = granted(state, "a")
-    clock.now += LEASE_SECONDS + 1
-    current = granted(state, "b")
-    submit(state, late, "x")
+    late = {}
+    for node in "ab":
+        late[node] = granted(state, node)
+        clock.now += LEASE_SECONDS + 1
+    current = granted(state, "c")
+    submit(state, late["a"], "x")
     state.reject(pending_id(state), ["bad"])
     assert states(state)[0] == "leased"
-    submit(state, late, "z")
+    submit(state, late["b"], "z")
     state.accept(pending_id(state), loss=None, shared_loss=None)
-    assert state.heartbeat(current.id, "b", {}) == ("abandon", ELSEWHERE)
-    assert granted(state, "b").partition == 1
+    assert state.heartbeat(current.id, "c", {}) == ("abandon", ELSEWHERE)
+    assert granted(state, "c").partition == 1
 
 
 def test_a_node_is_not_given_what_it_failed_at_too_often(state: State) -> None:
@@ -183,6 +185,22 @@ def test_a_node_is_not_given_what_it_failed_at_too_often(state: State) -> None:
         state.reject(pending_id(state), ["bad"])
     assert granted(state, "a", 0).partition == 1
     assert granted(state, "b").partition == 0
+
+
+def test_leases_that_ended_take_no_more_bad_shards_than_new_ones(state: State, clock: Clock) -> None:
+    leases = []
+    for _ in range(MAX_REJECTIONS + 1):
+        leases.append(granted(state, "a", 0))
+        clock.now += LEASE_SECONDS + 1
+    for attempt, lease in enumerate(leases[:-1]):
+        submit(state, lease, format(attempt, "064x"))
+        state.reject(pending_id(state), ["bad"])
+        assert submit(state, lease, format(attempt, "064x")).reasons == ("bad",), "the same question has the same answer"
+        with pytest.raises(ProtocolError, match="ask for a new one"):
+            submit(state, lease, "x")
+    with pytest.raises(ProtocolError, match="ask for a new one"):
+        state.receipt(leases[-1].id, "a", SHA["x"])  # Before its bytes are sent.
+    assert state.nodes()[0].rejected == MAX_REJECTIONS
 
 
 def test_a_shard_that_could_not_be_judged_may_be_handed_in_again(state: State) -> None:
@@ -422,9 +440,14 @@ class Partitions(RuleBasedStateMachine):
     @rule(lease=leases, sha=st.sampled_from("xyz"))
     def commit(self, lease: LeaseRecord | None, sha: str) -> None:
         if lease is not None:
-            receipt = submit(self.state, lease, sha)
+            judged_bad = self.state.lease(lease.id, lease.node_id).ended in ("rejected", "misled")
+            try:
+                receipt = submit(self.state, lease, sha)
+            except ProtocolError:
+                assert lease.partition not in self.accepted
+                return
             held = self.accepted.get(lease.partition)
-            assert (receipt.verdict == "accepted") == (held == SHA[sha])
+            assert (receipt.verdict == "accepted") == (held == SHA[sha] and not judged_bad)
             assert submit(self.state, lease, sha).verdict == receipt.verdict
 
     @rule(good=st.booleans(), judged=st.booleans())
