@@ -75,6 +75,9 @@ class Assembler:
             Stopped: the coordinator is being stopped.
         """
         accepted = self._state.accepted_shards()
+        experts = len(accepted)
+        if experts < self._config.model.n_experts and self._activity.snapshot().phase in ("evaluate", "done"):
+            self._activity.enter("experts")  # A shard was dropped: the run goes on.
         if not self._swept:
             self._delete_checkpoints()
         if (pause := self._take_out_strays(accepted)) is not None:
@@ -82,16 +85,15 @@ class Assembler:
         for shard in accepted:
             if shard.partition not in self._assembled:
                 return self._assemble(shard)
-        experts = len(accepted)
         if not self._settled(experts, final=False):
-            return self._evaluate(experts, final=False)
+            return self._evaluate(accepted, final=False)
         if self._push is not None and self._pushed != experts and (experts or self._pushed):
             self._push_model(experts)
         pending = self._audits.next_pending()
         if pending is not None:
             return self._judge(pending)
         if experts == self._config.model.n_experts and not self.done:
-            return self._end(experts)
+            return self._end(accepted)
         return IDLE_SECONDS
 
     def first_evaluation(self) -> float:
@@ -102,7 +104,7 @@ class Assembler:
                 return pause
         if accepted or self._settled(0, final=False):
             return 0.0
-        return self._evaluate(0, final=False)
+        return self._evaluate(accepted, final=False)
 
     def _take_out_strays(self, accepted: list[ShardRecord]) -> float | None:
         """Take an expert out that is in the model and not accepted any more; None when there is none."""
@@ -146,12 +148,16 @@ class Assembler:
         return (self._failures.get((experts, final), 0) >= ATTEMPTS
                 or self._state.evaluated(experts, final=final))  # fmt: skip
 
-    def _evaluate(self, experts: int, *, final: bool) -> float:
+    def _evaluate(self, accepted: list[ShardRecord], *, final: bool) -> float:
+        """Evaluate the model with these experts; it says nothing if one of them was dropped meanwhile."""
+        experts = len(accepted)
         self._activity.say(f"evaluating {self._model_with(experts)}", process_bytes(self._config, "evaluate"))
         try:
             arguments = {"run_dir": str(self._run.root), "final": final}
             row = self._run_job("evaluate", arguments, self._activity.progress)
         except ForgeError as error:
+            if self._changed(accepted):
+                return 0.0
             failures = self._failures[experts, final] = self._failures.get((experts, final), 0) + 1
             if final and failures >= ATTEMPTS:
                 raise
@@ -159,12 +165,17 @@ class Assembler:
                                f"(attempt {failures} of {ATTEMPTS})", error)  # fmt: skip
         finally:
             self._activity.say("")
+        if self._changed(accepted):
+            return 0.0
         self._state.record_evaluation(experts, row, final=final)
         perplexity = row.get("mean_perplexity")
         shown = f": perplexity {perplexity:.2f}" if isinstance(perplexity, int | float) else ""
         self._journal.event("evaluated", f"{self._model_with(experts)} is evaluated{shown}", experts=experts, final=final,
                             mean_perplexity=perplexity)  # fmt: skip
         return 0.0
+
+    def _changed(self, accepted: list[ShardRecord]) -> bool:
+        return [shard.id for shard in accepted] != [shard.id for shard in self._state.accepted_shards()]
 
     def _judge(self, shard: ShardRecord) -> float:
         who = f"expert {shard.partition} of {shard.node_name}"
@@ -241,14 +252,14 @@ class Assembler:
         finally:
             self._activity.say("")
 
-    def _end(self, experts: int) -> float:
+    def _end(self, accepted: list[ShardRecord]) -> float:
+        experts = len(accepted)
         self._activity.enter("evaluate")
         if not self._state.evaluated(experts, final=True):
-            pause = self._evaluate(experts, final=True)
-            if pause:
-                return pause
-            if self._push is not None:
+            pause = self._evaluate(accepted, final=True)
+            if self._push is not None and self._state.evaluated(experts, final=True):
                 self._push_model(experts)
+            return pause  # The next step ends the run, if all of them are accepted still.
         self._activity.enter("done")
         self.done = True
         self._journal.event("done", f"every expert has arrived: the model is in {self._run.model}", experts=experts)

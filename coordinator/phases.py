@@ -76,7 +76,6 @@ class Work:
                     self.ended.set()
                 elif self.ended.is_set() and not self._assembler.done:  # A shard was dropped: the run goes on.
                     self.ended.clear()
-                    self._activity.enter("experts")
                 self.stopping.wait(pause)
         except Stopped:
             pass
