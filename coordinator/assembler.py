@@ -21,7 +21,7 @@ from coordinator.jobs import RunJob
 from coordinator.journal import Journal
 from coordinator.records import ShardRecord
 from coordinator.state import State
-from coordinator.validate import judge
+from coordinator.validate import Judgement, judge
 from forge.checkpoint import assembly, provenance
 from forge.checkpoint.manifest import parse_manifest, tokens_seen
 from forge.config import RunConfig
@@ -195,22 +195,25 @@ class Assembler:
             return 0.0
         finally:
             self._activity.say("")
+        self._decide(shard, judgement, who)
         self._swept = False
-        self._delete(self._audits.spent(shard))
+        self._delete(self._audits.spent(shard))  # Not before the verdict is kept: who is killed in between looks at them again.
+        return 0.0
+
+    def _decide(self, shard: ShardRecord, judgement: Judgement, who: str) -> None:
         if judgement.accepted:
-            if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
-                return 0.0  # Its node was revoked while it was being judged.
-            self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
-                                partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
-                                loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
-            return 0.0
+            # False when its node was revoked while it was being judged.
+            if self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
+                self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
+                                    partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
+                                    loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
+            return
         reasons = judgement.reasons or ("no reason was given",)
         self._state.reject(shard.id, reasons, again=not judgement.condemned)
         self._journal.event("rejected", f"{who} is rejected: {'; '.join(reasons)}", partition=shard.partition,
                             sha256=shard.sha256, node=shard.node_name, reasons=list(reasons))  # fmt: skip
         if not (judgement.condemned and self._state.uses(shard.sha256)):
             self._discard(shard)
-        return 0.0
 
     def _model_with(self, experts: int) -> str:
         return f"the model with {experts} of {self._config.model.n_experts} experts"
