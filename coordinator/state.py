@@ -17,7 +17,7 @@ asking twice gives the same answer.
     L  adopt    any      -> accepted   the expert was trained and judged on this machine (see coordinator/adoption.py)
     J  reject   uploaded -> open       the shard was judged bad, with reasons
                 uploaded -> leased     the same, while another node holds an active lease on the partition
-    X  revoke   as E                   the node was revoked
+    X  revoke   as E                   the node was revoked, and nobody goes on from what it left
                 uploaded -> open       the same, while its shard waits (leased, while another node holds a lease)
     D  drop     accepted -> open       the node was revoked and its accepted shards are not wanted any more
 
@@ -279,6 +279,7 @@ class State(Handovers):
                 self._refuse(session, shard, [SENT_AWAY], judged=False)
             for lease in session.scalars(select(Lease).where(Lease.active_node == node_id)).all():
                 _end(session, lease, "revoked")
+            handovers.disown(session, node_id)
             if dropped:
                 # The n-th accepted shard is in every model of n experts and more.
                 first = next(n for n, (_, owner) in enumerate(order, start=1) if owner == node_id)

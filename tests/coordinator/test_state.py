@@ -397,6 +397,18 @@ def test_a_bad_checkpoint_is_blamed_on_who_left_it(state: State) -> None:
     assert state.nodes()[0].rejected == 0
 
 
+def test_nobody_goes_on_from_what_a_revoked_node_left(state: State) -> None:
+    for partition, node in enumerate("ab"):
+        assert state.release(granted(state, node, partition).id, node, left(partition + 1, node))
+    heir = granted(state, "c", 0)
+    assert state.inherited(heir.id) == left(1, "a")
+    state.revoke("a")
+    assert state.inherited(heir.id) is None and state.stale_checkpoints() == [left(1, "a").sha256]
+    state.release(heir.id, "c")
+    assert state.inherited(granted(state, "c", 0).id) is None
+    assert state.inherited(granted(state, "b", 1).id) == left(2, "b")
+
+
 class Partitions(RuleBasedStateMachine):
     """Whatever happens in whatever order: every partition is accepted at most once, and none is ever lost."""
 
