@@ -304,10 +304,11 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
-    desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
-              sha256=request.sha256, size=size)  # fmt: skip
     receipt = desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
                                 signature=request.signature)  # fmt: skip
+    if receipt.verdict == "pending" and not receipt.reasons:  # Not when it waits behind another one, and asks again.
+        desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
+                  sha256=request.sha256, size=size)  # fmt: skip
     return _with_audit(receipt, request.lease_id, desk)
 
 
