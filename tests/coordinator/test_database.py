@@ -37,6 +37,15 @@ def test_who_reads_waits_for_nobody_and_sees_what_was_committed(tmp_path: Path) 
     database.close()
 
 
+def test_a_database_is_where_its_path_says_whatever_is_in_it(tmp_path: Path) -> None:
+    directory = tmp_path / "a run?mode=ro&x#1 100%25 :memory:"
+    directory.mkdir()
+    Database(directory / "x.db").close()
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+    with closing(sqlite3.connect(directory / "x.db")) as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA_VERSION,)]
+
+
 def test_connections_do_not_each_keep_the_file_in_memory(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "x.db")) as other:
         other.execute("CREATE TABLE texts (text)")
