@@ -159,7 +159,7 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
         return Wait(reason=f"the coordinator is {now.sentence}", retry_seconds=now.retry_seconds)
     granted = desk.state.grant(node.id, request.preferred_partitions)
     if granted is None:
-        return _nothing_open(desk.state.counts(), desk.state.draining, desk.state.count_nodes())
+        return _nothing_open(desk.state.counts(), desk.state.count_nodes())
     if granted.fresh:
         backup = ", whose node is slow, as well" if granted.backup else ""
         desk.note("leased", f"{node.name} trains expert {granted.partition}{backup}", node=node.name, lease_id=granted.id,
@@ -336,9 +336,7 @@ def status(desk: Desk) -> Status:
         evaluations=tuple(evaluations))  # fmt: skip
 
 
-def _nothing_open(counts: Counts, draining: bool, nodes: int) -> Wait:
-    if draining:
-        return Wait(reason="the coordinator is draining: it gives out no more work", retry_seconds=LONGEST_WAIT_SECONDS)
+def _nothing_open(counts: Counts, nodes: int) -> Wait:
     if counts.open:
         return Wait(reason="what is open was tried by this node and rejected: another node must train it",
                     retry_seconds=LONGEST_WAIT_SECONDS)  # fmt: skip

@@ -59,7 +59,7 @@ ELSEWHERE = "another node's shard of this partition was accepted first"
 SENT_AWAY = "its node was revoked"
 IN_FRONT = "another shard of this partition is being validated first"
 
-Order = Literal["continue", "finish", "abandon"]
+Order = Literal["continue", "abandon"]
 
 
 class State(Handovers):
@@ -77,8 +77,6 @@ class State(Handovers):
     def __init__(self, location: Path | str | Database, *, lease_seconds: float, clock: Callable[[], float] = time.time) -> None:
         super().__init__(location, clock)
         self._lease_seconds = lease_seconds
-        #: Set to hand out no more leases and to ask nodes to stop at their next checkpoint.
-        self.draining = False
         self._nobody_behind_until = self._none_expires_until = 0.0
 
     # --- partitions and leases --------------------------------------------------------------------------------------
@@ -108,8 +106,6 @@ class State(Handovers):
             lease = session.scalars(select(Lease).where(Lease.active_node == node_id)).one_or_none()
             fresh = lease is None
             if lease is None:
-                if self.draining:
-                    return None
                 chosen = choose(session, node_id, preferred)
                 alone = chosen is not None
                 if chosen is None:
@@ -146,7 +142,7 @@ class State(Handovers):
                 return "abandon", _why_ended(session, lease)
             lease.expires_at = now + self._lease_seconds
             lease.progress = progress
-            return ("finish", "the coordinator is draining") if self.draining else ("continue", "")
+            return "continue", ""
 
     def release(self, lease_id: str, node_id: str, checkpoint: CheckpointRecord | None = None) -> bool:
         """Rule R; whether the next holder goes on from the checkpoint."""

@@ -71,7 +71,7 @@ def test_only_what_the_next_heartbeat_says_again_does_not_wait_for_the_disk(tmp_
 
 
 def test_a_large_fleet_without_work_asks_at_a_bounded_rate() -> None:
-    wait: Callable[[int], float] = lambda nodes: _nothing_open(Counts(leased=1, uploaded=1), False, nodes).retry_seconds  # noqa: E731
+    wait: Callable[[int], float] = lambda nodes: _nothing_open(Counts(leased=1, uploaded=1), nodes).retry_seconds  # noqa: E731
     assert wait(3) == wait(100) == 2.0
     assert 3000 / wait(3000) == WAITING_CALLS_PER_SECOND
 

@@ -216,14 +216,6 @@ def test_a_shard_that_could_not_be_judged_may_be_handed_in_again(state: State) -
     assert state.count_attempt(pending_id(state)) == 1
 
 
-def test_draining_gives_out_nothing_and_asks_nodes_to_finish(state: State) -> None:
-    lease = granted(state, "a")
-    state.draining = True
-    assert granted(state, "a").id == lease.id
-    assert state.grant("b") is None
-    assert state.heartbeat(lease.id, "a", {})[0] == "finish"
-
-
 def test_the_database_itself_refuses_a_second_acceptance(state: State, tmp_path: Path) -> None:
     submit(state, granted(state, "a"), "x")
     with sqlite3.connect(tmp_path / "forge.db") as raw:
