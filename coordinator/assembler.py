@@ -21,7 +21,7 @@ from coordinator.jobs import RunJob
 from coordinator.journal import Journal
 from coordinator.records import ShardRecord
 from coordinator.state import State
-from coordinator.validate import judge
+from coordinator.validate import Judgement, judge
 from forge.checkpoint import assembly, provenance
 from forge.checkpoint.manifest import parse_manifest, tokens_seen
 from forge.config import RunConfig
@@ -75,6 +75,9 @@ class Assembler:
             Stopped: the coordinator is being stopped.
         """
         accepted = self._state.accepted_shards()
+        experts = len(accepted)
+        if experts < self._config.model.n_experts and self._activity.snapshot().phase in ("evaluate", "done"):
+            self._activity.enter("experts")  # A shard was dropped: the run goes on.
         if not self._swept:
             self._delete_checkpoints()
         if (pause := self._take_out_strays(accepted)) is not None:
@@ -82,16 +85,15 @@ class Assembler:
         for shard in accepted:
             if shard.partition not in self._assembled:
                 return self._assemble(shard)
-        experts = len(accepted)
         if not self._settled(experts, final=False):
-            return self._evaluate(experts, final=False)
+            return self._evaluate(accepted, final=False)
         if self._push is not None and self._pushed != experts and (experts or self._pushed):
             self._push_model(experts)
         pending = self._audits.next_pending()
         if pending is not None:
             return self._judge(pending)
         if experts == self._config.model.n_experts and not self.done:
-            return self._end(experts)
+            return self._end(accepted)
         return IDLE_SECONDS
 
     def first_evaluation(self) -> float:
@@ -102,7 +104,7 @@ class Assembler:
                 return pause
         if accepted or self._settled(0, final=False):
             return 0.0
-        return self._evaluate(0, final=False)
+        return self._evaluate(accepted, final=False)
 
     def _take_out_strays(self, accepted: list[ShardRecord]) -> float | None:
         """Take an expert out that is in the model and not accepted any more; None when there is none."""
@@ -146,12 +148,16 @@ class Assembler:
         return (self._failures.get((experts, final), 0) >= ATTEMPTS
                 or self._state.evaluated(experts, final=final))  # fmt: skip
 
-    def _evaluate(self, experts: int, *, final: bool) -> float:
+    def _evaluate(self, accepted: list[ShardRecord], *, final: bool) -> float:
+        """Evaluate the model with these experts; it says nothing if one of them was dropped meanwhile."""
+        experts = len(accepted)
         self._activity.say(f"evaluating {self._model_with(experts)}", process_bytes(self._config, "evaluate"))
         try:
             arguments = {"run_dir": str(self._run.root), "final": final}
             row = self._run_job("evaluate", arguments, self._activity.progress)
         except ForgeError as error:
+            if self._changed(accepted):
+                return 0.0
             failures = self._failures[experts, final] = self._failures.get((experts, final), 0) + 1
             if final and failures >= ATTEMPTS:
                 raise
@@ -159,12 +165,17 @@ class Assembler:
                                f"(attempt {failures} of {ATTEMPTS})", error)  # fmt: skip
         finally:
             self._activity.say("")
+        if self._changed(accepted):
+            return 0.0
         self._state.record_evaluation(experts, row, final=final)
         perplexity = row.get("mean_perplexity")
         shown = f": perplexity {perplexity:.2f}" if isinstance(perplexity, int | float) else ""
         self._journal.event("evaluated", f"{self._model_with(experts)} is evaluated{shown}", experts=experts, final=final,
                             mean_perplexity=perplexity)  # fmt: skip
         return 0.0
+
+    def _changed(self, accepted: list[ShardRecord]) -> bool:
+        return [shard.id for shard in accepted] != [shard.id for shard in self._state.accepted_shards()]
 
     def _judge(self, shard: ShardRecord) -> float:
         who = f"expert {shard.partition} of {shard.node_name}"
@@ -184,22 +195,25 @@ class Assembler:
             return 0.0
         finally:
             self._activity.say("")
+        self._decide(shard, judgement, who)
         self._swept = False
-        self._delete(self._audits.spent(shard))
+        self._delete(self._audits.spent(shard))  # Not before the verdict is kept: who is killed in between looks at them again.
+        return 0.0
+
+    def _decide(self, shard: ShardRecord, judgement: Judgement, who: str) -> None:
         if judgement.accepted:
-            if not self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
-                return 0.0  # Its node was revoked while it was being judged.
-            self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
-                                partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
-                                loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
-            return 0.0
+            # False when its node was revoked while it was being judged.
+            if self._state.accept(shard.id, loss=judgement.loss, shared_loss=judgement.shared_loss):
+                self._journal.event("accepted", f"{who} is accepted{_losses(judgement.loss, judgement.shared_loss)}",
+                                    partition=shard.partition, sha256=shard.sha256, node=shard.node_name,
+                                    loss=judgement.loss, shared_loss=judgement.shared_loss)  # fmt: skip
+            return
         reasons = judgement.reasons or ("no reason was given",)
         self._state.reject(shard.id, reasons, again=not judgement.condemned)
         self._journal.event("rejected", f"{who} is rejected: {'; '.join(reasons)}", partition=shard.partition,
                             sha256=shard.sha256, node=shard.node_name, reasons=list(reasons))  # fmt: skip
         if not (judgement.condemned and self._state.uses(shard.sha256)):
             self._discard(shard)
-        return 0.0
 
     def _model_with(self, experts: int) -> str:
         return f"the model with {experts} of {self._config.model.n_experts} experts"
@@ -241,14 +255,14 @@ class Assembler:
         finally:
             self._activity.say("")
 
-    def _end(self, experts: int) -> float:
+    def _end(self, accepted: list[ShardRecord]) -> float:
+        experts = len(accepted)
         self._activity.enter("evaluate")
         if not self._state.evaluated(experts, final=True):
-            pause = self._evaluate(experts, final=True)
-            if pause:
-                return pause
-            if self._push is not None:
+            pause = self._evaluate(accepted, final=True)
+            if self._push is not None and self._state.evaluated(experts, final=True):
                 self._push_model(experts)
+            return pause  # The next step ends the run, if all of them are accepted still.
         self._activity.enter("done")
         self.done = True
         self._journal.event("done", f"every expert has arrived: the model is in {self._run.model}", experts=experts)

@@ -58,6 +58,11 @@ def first_for(session: Session, node_id: str, partitions: Sequence[int]) -> int 
     return next((partition for partition in partitions if rejections.get(partition, 0) < MAX_REJECTIONS), None)
 
 
+def may_train(session: Session, node_id: str, partition: int) -> bool:
+    """Whether this node has not had too many shards of this partition rejected."""
+    return _rejections(session, node_id).get(partition, 0) < MAX_REJECTIONS
+
+
 def _rejections(session: Session, node_id: str) -> dict[int, int]:
     """How many shards of which partitions this node has had rejected."""
     rejected = select(Lease.partition, func.count()).where(Lease.node_id == node_id, Lease.ended == "rejected")

@@ -9,7 +9,7 @@ from pathlib import Path
 import threading
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, inspect, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, delete, event, insert, inspect, select, text
 from sqlalchemy.exc import DatabaseError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -145,7 +145,7 @@ class Scratch(Database):
 
 def _engine(location: Path | str, busy_seconds: float) -> Engine:
     if isinstance(location, Path):
-        engine = create_engine(f"sqlite:///{location}")
+        engine = create_engine(URL.create("sqlite", database=str(location)))
     else:
         try:
             engine = create_engine(location)

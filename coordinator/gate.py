@@ -46,10 +46,10 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
         """The handler of a call, or one that refuses it."""
         handler, method = continuation(handler_call_details), handler_call_details.method
-        if handler is None:
-            return None
         if method == HEALTH_CHECK:
             return grpc.stream_unary_rpc_method_handler(_healthy, response_serializer=_serialize)
+        if handler is None:
+            return None
         headers = dict(handler_call_details.invocation_metadata)
         if method == JOIN:
             return self._join(handler, headers)

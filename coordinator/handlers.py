@@ -159,7 +159,7 @@ def lease(request: LeaseRequest, node: NodeRecord, desk: Desk) -> Assignment | W
         return Wait(reason=f"the coordinator is {now.sentence}", retry_seconds=now.retry_seconds)
     granted = desk.state.grant(node.id, request.preferred_partitions)
     if granted is None:
-        return _nothing_open(desk.state.counts(), desk.state.draining, desk.state.count_nodes())
+        return _nothing_open(desk.state.counts(), desk.state.count_nodes())
     if granted.fresh:
         backup = ", whose node is slow, as well" if granted.backup else ""
         desk.note("leased", f"{node.name} trains expert {granted.partition}{backup}", node=node.name, lease_id=granted.id,
@@ -304,10 +304,11 @@ def commit(request: CommitRequest, node: NodeRecord, desk: Desk) -> Receipt:
     if not desk.run.blobs.has(request.sha256):
         raise ProtocolError(f"The upload of {request.sha256[:12]} is not complete: send the rest first.")
     size = desk.run.blobs.path(request.sha256).stat().st_size
-    desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
-              sha256=request.sha256, size=size)  # fmt: skip
     receipt = desk.state.submit(request.lease_id, node.id, sha256=request.sha256, size=size, manifest=request.manifest,
                                 signature=request.signature)  # fmt: skip
+    if receipt.verdict == "pending" and not receipt.reasons:  # Not when it waits behind another one, and asks again.
+        desk.note("uploaded", f"{node.name} handed expert {held.partition} in", node=node.name, partition=held.partition,
+                  sha256=request.sha256, size=size)  # fmt: skip
     return _with_audit(receipt, request.lease_id, desk)
 
 
@@ -335,9 +336,7 @@ def status(desk: Desk) -> Status:
         evaluations=tuple(evaluations))  # fmt: skip
 
 
-def _nothing_open(counts: Counts, draining: bool, nodes: int) -> Wait:
-    if draining:
-        return Wait(reason="the coordinator is draining: it gives out no more work", retry_seconds=LONGEST_WAIT_SECONDS)
+def _nothing_open(counts: Counts, nodes: int) -> Wait:
     if counts.open:
         return Wait(reason="what is open was tried by this node and rejected: another node must train it",
                     retry_seconds=LONGEST_WAIT_SECONDS)  # fmt: skip

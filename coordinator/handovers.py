@@ -78,6 +78,12 @@ def spoil(session: Session, lease_id: str) -> bool:
     return True
 
 
+def disown(session: Session, node_id: str) -> None:
+    """Nobody goes on from what this node left any more."""
+    for left in session.scalars(select(Handover).where(Handover.node_id == node_id, Handover.slot.is_not(None))):
+        left.slot = None
+
+
 def end(session: Session, partition: int) -> None:
     """Nobody goes on from what was left for a partition any more."""
     held = _current(session, partition)

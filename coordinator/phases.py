@@ -70,13 +70,12 @@ class Work:
         try:
             self.prepare()
             while not self.stopping.is_set():
-                pause = self._step()
+                pause = self._patiently(self._step)
                 if self._assembler.done and not self.ended.is_set():
                     self._uploads.forget_all()
                     self.ended.set()
                 elif self.ended.is_set() and not self._assembler.done:  # A shard was dropped: the run goes on.
                     self.ended.clear()
-                    self._activity.enter("experts")
                 self.stopping.wait(pause)
         except Stopped:
             pass
@@ -86,16 +85,19 @@ class Work:
         finally:
             self.ended.set()
 
-    def _step(self) -> float:
-        """One step of the assembler; a database that cannot be used for a while ends nothing."""
+    def _patiently(self, step: Callable[[], float]) -> float:
+        """Seconds to pause after a step; a database that cannot be used for a while ends nothing."""
         try:
-            if time.monotonic() > self._tidy_at:
-                self._tidy_at = time.monotonic() + TIDY_SECONDS
-                self.tidy()
-            return self._assembler.step()
+            return step()
         except DatabaseUnavailableError as error:
             self._journal.event("database-unavailable", f"{error} Trying again in {RETRY_SECONDS:.0f} s.", error=str(error))
             return RETRY_SECONDS
+
+    def _step(self) -> float:
+        if time.monotonic() > self._tidy_at:
+            self._tidy_at = time.monotonic() + TIDY_SECONDS
+            self.tidy()
+        return self._assembler.step()
 
     def tidy(self) -> None:
         """Forget what was uploaded and never committed."""
@@ -114,6 +116,12 @@ class Work:
         for stage in STAGES:
             if self._run.marker(stage) is None:
                 self._run_stage(stage)
+        while pause := self._patiently(self._open):
+            if self.stopping.wait(pause):
+                raise Stopped
+
+    def _open(self) -> float:
+        """Make the model and open the partitions, as far as that is missing; seconds to pause before it is tried again."""
         facts = self._run.marker("publish")
         assert facts is not None
         assembly.start(self._run)
@@ -122,13 +130,13 @@ class Work:
             which = ", ".join(map(str, adopted))
             self._journal.event("adopted", f"experts that this machine trained before are accepted: {which}", partitions=adopted)
         self._activity.enter("evaluate")
-        while pause := self._assembler.first_evaluation():
-            if self.stopping.wait(pause):
-                raise Stopped
-        self._activity.enter("experts")
+        if pause := self._assembler.first_evaluation():
+            return pause
         counts = self._state.counts()
+        self._activity.enter("experts")
         self._journal.event("experts", f"nodes can train experts now: {counts.accepted} of {counts.total} are accepted",
                             accepted=counts.accepted, total=counts.total)  # fmt: skip
+        return 0.0
 
     def _run_stage(self, stage: str) -> None:
         self._activity.enter(stage, process_bytes(self._run.config, stage))

@@ -21,7 +21,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from coordinator.activity import Activity
 from coordinator.addresses import bind, check_free, invitation_addresses, is_loopback, parse_listen
@@ -42,7 +41,7 @@ from coordinator.phases import Work
 from coordinator.publication import Publication
 from coordinator.push import check_repo, pusher
 from coordinator.quotas import Limits, Quotas
-from coordinator.servicer import SERVICES, register
+from coordinator.servicer import register
 from coordinator.snapshot import Json, Snapshots
 from coordinator.state import State
 from forge.checkpoint.handover import largest_checkpoint
@@ -208,7 +207,8 @@ class Coordinator:
             undo.callback(lambda: server.stop(CALL_GRACE_SECONDS).wait())  # before what its calls use is closed
             bound = bind(server, host, port, None if self._insecure else authority.credentials())
             self.address = f"{host}:{bound}"
-            self._offer(server)
+            register(server, self._desk, self._echo)
+            server.start()
             addresses = invitation_addresses(host, bound)
             if (run.root / INFO_FILE).exists():  # Who wrote it was killed, however long ago: its nodes look for this one.
                 self._awaited = self._nodes_since(max((node.seen_at for node in self._desk.state.nodes()), default=0.0))
@@ -283,14 +283,6 @@ class Coordinator:
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
             publication=Publication(run), uploads=uploads, note=journal.event, quotas=Quotas(self._limits), curves=curves,
             snapshots=snapshots, credentials=credentials, audits=audits)  # fmt: skip
-
-    def _offer(self, server: grpc.Server) -> None:
-        register(server, self._desk, self._echo)
-        checks = health.HealthServicer()
-        for name in ("", *SERVICES):
-            checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        server.start()
 
     def _page(self) -> Dashboard | None:
         """The dashboard, which listens but does not answer yet; None when it is off."""

@@ -35,16 +35,12 @@ from coordinator.refusals import Refusals
 from forge.invitation import KEY_HEADER, SECRET_HEADER
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
 
-#: Full names of the services, for the health check.
-SERVICES = tuple(file.services_by_name[name].full_name for file, name in (
-    (pb.DESCRIPTOR, "FleetService"), (admin_pb2.DESCRIPTOR, "AdminService")))  # fmt: skip
 #: Bytes of a message that is not a chunk: the largest is a Commit with its manifest.
 MAX_REQUEST_BYTES = 1 << 17
 
 _VERDICTS = {"pending": pb.Receipt.VERDICT_PENDING, "accepted": pb.Receipt.VERDICT_ACCEPTED,
              "rejected": pb.Receipt.VERDICT_REJECTED}  # fmt: skip
-_ORDERS = {"continue": pb.HeartbeatResponse.ORDER_CONTINUE, "finish": pb.HeartbeatResponse.ORDER_FINISH,
-           "abandon": pb.HeartbeatResponse.ORDER_ABANDON}  # fmt: skip
+_ORDERS = {"continue": pb.HeartbeatResponse.ORDER_CONTINUE, "abandon": pb.HeartbeatResponse.ORDER_ABANDON}
 
 
 def register(server: grpc.Server, desk: Desk, report: Callable[[str], None]) -> None:

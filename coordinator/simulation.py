@@ -2,7 +2,7 @@
 
 Nothing here knows a rule of the protocol: every lease, expiry, backup, late shard and verdict is what `State` makes of the calls.
 The nodes are made up: speeds are log-normal, some are stragglers, and each leaves after a random time (exponential, so that a
-share `churn` of them is gone after the time in which a usual node trains one expert), in one of three ways.
+share `churn` of them is gone after the time in which a usual node trains one expert), in one of four ways.
 
     crash    gone without a word; another machine joins later
     sleep    the lid is closed; it goes on from its checkpoint when it is opened again

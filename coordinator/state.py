@@ -17,14 +17,15 @@ asking twice gives the same answer.
     L  adopt    any      -> accepted   the expert was trained and judged on this machine (see coordinator/adoption.py)
     J  reject   uploaded -> open       the shard was judged bad, with reasons
                 uploaded -> leased     the same, while another node holds an active lease on the partition
-    X  revoke   as E                   the node was revoked
+    X  revoke   as E                   the node was revoked, and nobody goes on from what it left
                 uploaded -> open       the same, while its shard waits (leased, while another node holds a lease)
     D  drop     accepted -> open       the node was revoked and its accepted shards are not wanted any more
 
 A late shard (C from a lease that another node has meanwhile) is welcome unless a shard of the partition is pending or
 accepted; the other lease stays active until A. A shard handed in while another one is pending is answered `pending`
 without a transition, so that its node asks again and learns what became of the other one. A node whose shards of one
-partition were judged bad `MAX_REJECTIONS` times is not given that partition again. Unique constraints
+partition were judged bad `MAX_REJECTIONS` times is not given that partition again, nor is another shard of it taken from
+that node under a lease that it had before; and a lease whose shard was judged bad takes no other one. Unique constraints
 (coordinator/tables.py) hold the database to it: one active lease a node, one a partition besides its backup, one pending or
 accepted shard a partition.
 """
@@ -42,7 +43,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import handovers
-from coordinator.choice import behind, choose, first_for
+from coordinator.choice import behind, choose, first_for, may_train
 from coordinator.database import Database
 from coordinator.handovers import Handovers
 from coordinator.records import CheckpointRecord, Counts, LeaseRecord, LocalExpert, Receipt, Verdict
@@ -58,7 +59,7 @@ ELSEWHERE = "another node's shard of this partition was accepted first"
 SENT_AWAY = "its node was revoked"
 IN_FRONT = "another shard of this partition is being validated first"
 
-Order = Literal["continue", "finish", "abandon"]
+Order = Literal["continue", "abandon"]
 
 
 class State(Handovers):
@@ -76,8 +77,6 @@ class State(Handovers):
     def __init__(self, location: Path | str | Database, *, lease_seconds: float, clock: Callable[[], float] = time.time) -> None:
         super().__init__(location, clock)
         self._lease_seconds = lease_seconds
-        #: Set to hand out no more leases and to ask nodes to stop at their next checkpoint.
-        self.draining = False
         self._nobody_behind_until = self._none_expires_until = 0.0
 
     # --- partitions and leases --------------------------------------------------------------------------------------
@@ -107,8 +106,6 @@ class State(Handovers):
             lease = session.scalars(select(Lease).where(Lease.active_node == node_id)).one_or_none()
             fresh = lease is None
             if lease is None:
-                if self.draining:
-                    return None
                 chosen = choose(session, node_id, preferred)
                 alone = chosen is not None
                 if chosen is None:
@@ -145,7 +142,7 @@ class State(Handovers):
                 return "abandon", _why_ended(session, lease)
             lease.expires_at = now + self._lease_seconds
             lease.progress = progress
-            return ("finish", "the coordinator is draining") if self.draining else ("continue", "")
+            return "continue", ""
 
     def release(self, lease_id: str, node_id: str, checkpoint: CheckpointRecord | None = None) -> bool:
         """Rule R; whether the next holder goes on from the checkpoint."""
@@ -165,7 +162,11 @@ class State(Handovers):
     # --- shards -----------------------------------------------------------------------------------------------------
 
     def receipt(self, lease_id: str, node_id: str, sha256: str) -> Receipt | None:
-        """What is known of a shard: its verdict, or that another one was accepted; None when it may be handed in."""
+        """What is known of a shard: its verdict, or that another one was accepted; None when it may be handed in.
+
+        Raises:
+            ProtocolError: it may not: the lease is unknown or another node's, or too much of it was judged bad.
+        """
         with self._database.transaction() as session:
             return self._receipt(session, _own(session, lease_id, node_id), sha256)
 
@@ -174,7 +175,7 @@ class State(Handovers):
         """Rule C: hand in a complete shard whose signature was checked.
 
         Raises:
-            ProtocolError: the lease is unknown or another node's.
+            ProtocolError: as of `receipt`.
         """
         with self._database.transaction() as session:
             lease = _own(session, lease_id, node_id)
@@ -274,6 +275,7 @@ class State(Handovers):
                 self._refuse(session, shard, [SENT_AWAY], judged=False)
             for lease in session.scalars(select(Lease).where(Lease.active_node == node_id)).all():
                 _end(session, lease, "revoked")
+            handovers.disown(session, node_id)
             if dropped:
                 # The n-th accepted shard is in every model of n experts and more.
                 first = next(n for n, (_, owner) in enumerate(order, start=1) if owner == node_id)
@@ -319,7 +321,8 @@ class State(Handovers):
 
     def _receipt(self, session: Session, lease: Lease, sha256: str) -> Receipt | None:
         shard = _shard(session, lease.partition, sha256)
-        if shard is not None and lease.ended == "rejected":
+        judged_bad = lease.ended in ("rejected", "misled")
+        if shard is not None and judged_bad:
             why = tuple(shard.reasons) or (ELSEWHERE,)
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=why)
         if shard is not None and (shard.verdict != "rejected" or shard.judged):
@@ -328,6 +331,9 @@ class State(Handovers):
             return _receipt(shard)
         if _partition(session, lease.partition).state == "accepted":
             return Receipt(sha256=sha256, partition=lease.partition, verdict="rejected", reasons=(ELSEWHERE,))
+        if judged_bad or not may_train(session, lease.node_id, lease.partition):
+            raise ProtocolError("What this node handed in of this partition was rejected, and another shard of it is not taken "
+                                "under this lease: ask for a new one.")  # fmt: skip
         return None
 
 

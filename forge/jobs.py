@@ -214,6 +214,8 @@ class _Child:
         if self._process.stdout.closed:
             return
         for line in self._process.stdout:
+            if not line.endswith("\n"):
+                break  # The child was killed as it wrote.
             event = json.loads(line)
             if event["event"] == "progress":
                 self.plan = event.get("plan") or self.plan

@@ -112,7 +112,7 @@ class FleetClient:
         """Register this node; the same key always becomes the same node.
 
         Raises:
-            NetworkError: nobody answers within `FIRST_CONNECTION_SECONDS`.
+            NetworkError: nobody answers within `Patience.first_connection`, the first time.
             ProtocolError: the coordinator speaks another version.
             AccessError: it refuses this node, or is not the one that this node knows.
         """

@@ -76,7 +76,9 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the work on a lease is. `activity` is downloading, training or uploading; sizes in bytes."""
+    """How far the work on a lease is. `activity` is downloading, training, uploading or paused, or empty while nothing is known;
+    sizes in bytes.
+    """
 
     activity: str
     step: int = 0

@@ -72,6 +72,34 @@ def test_a_killed_child_is_an_error_that_says_so(tmp_path: Path) -> None:
         job.result()
 
 
+#: A job that is killed when the pipe has taken a part of an event.
+_TORN_JOB = """
+import os, signal, threading, time
+from forge import pipeline
+
+def torn(arguments, progress, should_stop):
+    progress(message="a whole event")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    progress(message="x" * (1 << 24), step=1, steps=1)
+
+pipeline.JOBS["torn"] = torn
+"""
+
+
+def test_a_child_that_is_killed_as_it_writes_an_event_is_an_error_that_says_so(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "sitecustomize.py").write_text(_TORN_JOB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = Job("torn", {}, log=tmp_path / "log")
+    messages = []
+    for event in job.events():
+        messages.append(event["message"])
+        time.sleep(2.0)  # Nobody reads meanwhile: the pipe is full.
+    assert messages == ["a whole event"]
+    with pytest.raises(ForgeError, match="killed by SIGKILL"):
+        job.result()
+
+
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     code = ("import sys, time; from forge.jobs import Job; import subprocess; "
             "p = subprocess.Popen([sys.executable, '-c', "

@@ -188,7 +188,7 @@ def _bind(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # A name with an empty or an endless part is none.
         raise NetworkError(f"The dashboard cannot listen on {host}:{port}: another program uses the port, or the address "
                            "is not this machine's; choose another one with --dashboard, or --dashboard off.",
                            detail=str(error)) from error  # fmt: skip

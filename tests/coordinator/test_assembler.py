@@ -51,8 +51,10 @@ class Bench:
 
     def restart(self, push: bool = False) -> None:
         audits = Audits(run=self.run, config=CONFIG, state=self.state, credentials=Credentials(bytes(32)), clock=self.clock)
+        self.activity = Activity()
+        self.activity.enter("experts")
         self.assembler = Assembler(
-            run=self.run, config=CONFIG, state=self.state, run_job=self.jobs, activity=Activity(), audits=audits,
+            run=self.run, config=CONFIG, state=self.state, run_job=self.jobs, activity=self.activity, audits=audits,
             journal=Journal(self.run.root / "events.jsonl", lambda _: None), push=self._push if push else None)  # fmt: skip
 
     def _push(self, message: str) -> str:
@@ -240,6 +242,47 @@ def test_a_final_evaluation_that_keeps_dying_ends_the_run_with_its_error(bench: 
     assert bench.assembler.step() == RETRY_SECONDS
     with pytest.raises(ForgeError, match="out of memory"):
         bench.settle()
+
+
+def drop_during(bench: Bench, evaluation: int, error: ForgeError | None = None) -> None:
+    """Experts of two nodes, and the first expert's node is revoked with it during the n-th evaluation, which may then fail."""
+    bench.state.register_node("b", bytes(32), "desktop", {})
+    for partition, node in enumerate((bench.laptop, "b", "b")):
+        bench.hand_in(partition, node=node)
+
+    def before(_: str) -> None:
+        if bench.jobs.calls.count("evaluate") == evaluation:
+            bench.jobs.before = lambda _: None
+            assert bench.state.revoke(bench.laptop, drop_shards=True) == [0]
+            bench.jobs.failures["evaluate"] = [error] * ATTEMPTS if error is not None else []
+
+    bench.jobs.before = before
+
+
+def test_the_evaluation_of_a_model_that_held_a_dropped_shard_is_not_recorded(bench: Bench) -> None:
+    drop_during(bench, evaluation=3)  # Of the model with two experts.
+    bench.settle()
+    assert sorted(bench.arrived) == [1, 2]
+    assert bench.jobs.calls.count("evaluate") == 5  # With two other experts, also.
+    assert [(row["experts"], row["contributions"][-1]["expert"]) for row in bench.state.evaluations()[1:]] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("error", [None, ForgeError("killed by SIGKILL")])
+@pytest.mark.parametrize("evaluation", [4, 5], ids=["last", "final"])
+def test_a_run_that_loses_a_shard_in_its_last_evaluations_goes_on(bench: Bench, evaluation: int,
+                                                                  error: ForgeError | None) -> None:  # fmt: skip
+    bench.restart(push=True)
+    drop_during(bench, evaluation, error)
+    bench.settle()
+    assert "done" not in bench.events and not bench.assembler.done
+    assert bench.activity.snapshot().phase == "experts"
+    assert sorted(bench.arrived) == [1, 2]
+    bench.hand_in(0, node="b")
+    bench.settle()
+    assert bench.assembler.done and bench.events.count("done") == 1
+    assert bench.pushed.count("3 of 3 experts, final evaluation") == 1
+    assert [(row["experts"], row["final"]) for row in bench.state.evaluations()] == [
+        (0, False), (2, False), (3, False), (3, True)]  # fmt: skip
 
 
 def test_what_was_accepted_before_a_kill_is_assembled_after_it(bench: Bench) -> None:

@@ -12,8 +12,10 @@ from modularforge.v1 import fleet_pb2 as pb
 import numpy as np
 import pytest
 
+from coordinator import phases
 from coordinator.audits import Audits
 from coordinator.auth import Credentials
+from coordinator.database import DatabaseUnavailableError
 from coordinator.records import ShardRecord
 from coordinator.state import State
 from forge.config import parse_config
@@ -84,7 +86,7 @@ def test_a_shard_waits_for_its_checkpoints_and_nothing_of_them_stays(world: Worl
     assert decided(commit).verdict == ACCEPTED and world.jobs.calls.count("replay") == 2
     asked = world.jobs.arguments["replay"]
     assert asked["last"] == asked["first"] + 1 and (asked["before"] is None) == (asked["first"] == 0)
-    assert not any(world.run.blobs.has(sha256_of(data)) for data in (*KEPT.values(), *OTHERS.values()))
+    until(lambda: not any(world.run.blobs.has(sha256_of(data)) for data in (*KEPT.values(), *OTHERS.values())))
     assert sum("were repeated: its weights are 0.01" in line for line in world.said) == 2
 
 
@@ -100,7 +102,7 @@ def test_who_is_too_far_from_the_repetition_is_rejected_and_blamed(world: World)
     (record,) = world.coordinator._desk.state.nodes()  # type: ignore[union-attr]
     assert record.rejected == 1
     assert commit().verdict == REJECTED, "the same lease hears the same again"
-    assert not any(world.run.blobs.has(sha256_of(data)) for data in KEPT.values())
+    until(lambda: not any(world.run.blobs.has(sha256_of(data)) for data in KEPT.values()))
 
 
 def test_who_really_trained_the_same_bytes_is_not_refused_for_another_ones_lie(world: World) -> None:
@@ -131,6 +133,26 @@ def test_who_hands_no_checkpoint_in_is_rejected_in_the_end(world: World) -> None
     world.clock.now += 100_000
     receipt = decided(commit)
     assert receipt.verdict == REJECTED and "was asked for the checkpoints and did not hand them in" in receipt.reasons[0]
+
+
+def test_checkpoints_are_there_until_the_verdict_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "RETRY_SECONDS", 0.01)
+    node = world.node("laptop")
+    assignment, commit = hand_in(world, node, 1)
+    state = world.coordinator._desk.state  # type: ignore[union-attr]
+    accept = state.accept
+
+    def locked_once(*shard: int, **losses: float | None) -> bool:
+        monkeypatch.setattr(state, "accept", accept)
+        world.clock.now += 100_000  # The audit took long: its node is not waited for any more.
+        raise DatabaseUnavailableError("The database is locked by a backup.")
+
+    monkeypatch.setattr(state, "accept", locked_once)
+    for data in KEPT.values():
+        if sha256_of(data) in commit().wanted:
+            show(node, assignment.lease_id, data)
+    assert decided(commit).verdict == ACCEPTED and world.jobs.calls.count("replay") == 2
+    until(lambda: not any(world.run.blobs.has(sha256_of(data)) for data in KEPT.values()))
 
 
 def test_a_file_of_the_run_is_no_checkpoint_and_stays(world: World) -> None:

@@ -37,6 +37,15 @@ def test_who_reads_waits_for_nobody_and_sees_what_was_committed(tmp_path: Path) 
     database.close()
 
 
+def test_a_database_is_where_its_path_says_whatever_is_in_it(tmp_path: Path) -> None:
+    directory = tmp_path / "a run?mode=ro&x#1 100%25 :memory:"
+    directory.mkdir()
+    Database(directory / "x.db").close()
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+    with closing(sqlite3.connect(directory / "x.db")) as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA_VERSION,)]
+
+
 def test_connections_do_not_each_keep_the_file_in_memory(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "x.db")) as other:
         other.execute("CREATE TABLE texts (text)")
@@ -62,7 +71,7 @@ def test_only_what_the_next_heartbeat_says_again_does_not_wait_for_the_disk(tmp_
 
 
 def test_a_large_fleet_without_work_asks_at_a_bounded_rate() -> None:
-    wait: Callable[[int], float] = lambda nodes: _nothing_open(Counts(leased=1, uploaded=1), False, nodes).retry_seconds  # noqa: E731
+    wait: Callable[[int], float] = lambda nodes: _nothing_open(Counts(leased=1, uploaded=1), nodes).retry_seconds  # noqa: E731
     assert wait(3) == wait(100) == 2.0
     assert 3000 / wait(3000) == WAITING_CALLS_PER_SECOND
 

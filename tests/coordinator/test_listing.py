@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 import os
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_the_lists_say_what_the_snapshot_says(world: World) -> None:
     assert columns(show(world, "experts"), "1")["state"] == "accepted"
     assert columns(show(world, "nodes"), "laptop")["accepted"] == "1"
     assert "laptop" in show(world, "nodes", "list")
+
+
+@pytest.mark.parametrize("insecure", [0, 1])
+def test_the_snapshot_of_a_run_with_many_experts_is_read_whole(make_world: Callable[[], World], insecure: int,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    world = make_world()
+    snapshots = world.start(insecure=insecure)._desk.snapshots
+    large = snapshots.take() | {"evaluations": ["x" * 5_000_000]}
+    monkeypatch.setattr(snapshots, "take", lambda: large)
+    assert json.loads(show(world, "status", "--json"))["snapshot"]["evaluations"] == large["evaluations"]
 
 
 def test_a_partition_has_its_text_and_its_perplexities_as_far_as_they_are_known() -> None:

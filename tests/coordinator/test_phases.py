@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 from pathlib import Path
+import threading
 import time
 
+import pytest
+
+from coordinator import phases
 from coordinator.blobs import UNCOMMITTED_SECONDS
+from coordinator.database import DatabaseUnavailableError
+from coordinator.state import State
 from forge.checkpoint import assembly
 
 from .conftest import World
@@ -48,3 +55,23 @@ def test_a_shard_that_nobody_commits_is_forgotten_and_can_be_sent_again(world: W
     assert world.run.blobs.has(sha256_of(kept))
     assert node.hand_in(left, lost, world.run_id)  # Sent again.
     assert node.verdict(left, lost, world.run_id).verdict
+
+
+@pytest.mark.parametrize("what", ["open_partitions", "accepted_shards", "record_evaluation", "counts"])
+def test_a_database_that_is_locked_as_the_run_opens_is_waited_for(make_world: Callable[[], World], what: str,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(phases, "RETRY_SECONDS", 0.01)
+    does = getattr(State, what)
+
+    def locked_once(*arguments: object, **options: object) -> object:
+        if threading.current_thread().name != "work":
+            return does(*arguments, **options)
+        monkeypatch.setattr(State, what, does)
+        raise DatabaseUnavailableError("The database is locked by a backup.")
+
+    monkeypatch.setattr(State, what, locked_once)
+    world = make_world()
+    world.start()
+    assert world.node("laptop").lease(1).expert.partition == 1
+    assert any("is locked by a backup. Trying again" in line for line in world.said)
+    assert sum("nodes can train experts now" in line for line in world.said) == 1

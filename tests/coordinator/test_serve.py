@@ -4,6 +4,7 @@ from collections.abc import Callable
 import json
 import os
 from pathlib import Path
+import re
 import socket
 
 import pytest
@@ -143,6 +144,14 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> N
 def test_a_wrong_address_is_a_config_error(listen: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         parse_listen(listen)
+
+
+@pytest.mark.parametrize("host", ["0..0.0", "a" * 70])
+def test_a_dashboard_at_what_is_no_address_is_one_sentence(make_world: Callable[[], World], host: str) -> None:
+    world = make_world()
+    with pytest.raises(NetworkError, match=f"The dashboard cannot listen on {re.escape(host)}:7473"):
+        world.start(dashboard=f"{host}:7473")
+    assert not world.root.exists()
 
 
 def test_a_repo_must_look_like_one(make_world: Callable[[], World]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 import json
+import threading
 from typing import Any
 
 import grpc
@@ -103,6 +104,30 @@ def test_the_whole_way_of_a_shard(world: World) -> None:
     opened = node.open(assignment.lease_id, shard)
     assert (opened.offset, opened.receipt.verdict) == (len(shard), ACCEPTED)
     assert node.heartbeat(assignment.lease_id) == ABANDON
+
+
+def test_a_shard_that_waits_behind_another_one_is_handed_in_once(make_world: Callable[[], World]) -> None:
+    world = make_world()
+    proceed = threading.Event()
+    world.jobs.before = lambda what: None if what != "validate" else (proceed.wait(20), None)[1]
+    world.jobs.verdicts = [{"accepted": False, "reasons": ["no better"]}]
+    world.start()
+    node, other = world.node("laptop"), world.node("desktop")
+    late, first = node.lease(0), make_shard(world.run, 0, seed=1)
+    world.clock.now += LEASE_SECONDS + 1
+    assignment, second = other.lease(0), make_shard(world.run, 0, seed=2)
+    node.hand_in(late, first, world.run_id)
+    other.hand_in(assignment, second, world.run_id)
+    for _ in range(3):
+        assert other.commit(assignment, second, world.run_id).verdict == PENDING
+
+    def handed_in() -> list[str]:
+        return [line for line in world.said if "handed expert" in line]
+
+    assert handed_in() == ["laptop handed expert 0 in"]
+    proceed.set()
+    assert other.verdict(assignment, second, world.run_id).verdict == ACCEPTED
+    assert handed_in() == ["laptop handed expert 0 in", "desktop handed expert 0 in"]
 
 
 def test_an_upload_resumes_where_it_was_cut(world: World) -> None:

@@ -165,16 +165,18 @@ def test_a_shard_in_the_queue_gets_its_turn_when_the_one_in_front_is_rejected(st
 
 def test_the_other_lease_goes_on_when_a_late_shard_is_rejected_and_ends_when_it_is_accepted(
         state: State, clock: Clock) -> None:  # fmt: skip
-    late = granted(state, "a")
-    clock.now += LEASE_SECONDS + 1
-    current = granted(state, "b")
-    submit(state, late, "x")
+    late = {}
+    for node in "ab":
+        late[node] = granted(state, node)
+        clock.now += LEASE_SECONDS + 1
+    current = granted(state, "c")
+    submit(state, late["a"], "x")
     state.reject(pending_id(state), ["bad"])
     assert states(state)[0] == "leased"
-    submit(state, late, "z")
+    submit(state, late["b"], "z")
     state.accept(pending_id(state), loss=None, shared_loss=None)
-    assert state.heartbeat(current.id, "b", {}) == ("abandon", ELSEWHERE)
-    assert granted(state, "b").partition == 1
+    assert state.heartbeat(current.id, "c", {}) == ("abandon", ELSEWHERE)
+    assert granted(state, "c").partition == 1
 
 
 def test_a_node_is_not_given_what_it_failed_at_too_often(state: State) -> None:
@@ -183,6 +185,22 @@ def test_a_node_is_not_given_what_it_failed_at_too_often(state: State) -> None:
         state.reject(pending_id(state), ["bad"])
     assert granted(state, "a", 0).partition == 1
     assert granted(state, "b").partition == 0
+
+
+def test_leases_that_ended_take_no_more_bad_shards_than_new_ones(state: State, clock: Clock) -> None:
+    leases = []
+    for _ in range(MAX_REJECTIONS + 1):
+        leases.append(granted(state, "a", 0))
+        clock.now += LEASE_SECONDS + 1
+    for attempt, lease in enumerate(leases[:-1]):
+        submit(state, lease, format(attempt, "064x"))
+        state.reject(pending_id(state), ["bad"])
+        assert submit(state, lease, format(attempt, "064x")).reasons == ("bad",), "the same question has the same answer"
+        with pytest.raises(ProtocolError, match="ask for a new one"):
+            submit(state, lease, "x")
+    with pytest.raises(ProtocolError, match="ask for a new one"):
+        state.receipt(leases[-1].id, "a", SHA["x"])  # Before its bytes are sent.
+    assert state.nodes()[0].rejected == MAX_REJECTIONS
 
 
 def test_a_shard_that_could_not_be_judged_may_be_handed_in_again(state: State) -> None:
@@ -196,14 +214,6 @@ def test_a_shard_that_could_not_be_judged_may_be_handed_in_again(state: State) -
     again = granted(state, "a")
     assert submit(state, again, "x").verdict == "pending"
     assert state.count_attempt(pending_id(state)) == 1
-
-
-def test_draining_gives_out_nothing_and_asks_nodes_to_finish(state: State) -> None:
-    lease = granted(state, "a")
-    state.draining = True
-    assert granted(state, "a").id == lease.id
-    assert state.grant("b") is None
-    assert state.heartbeat(lease.id, "a", {})[0] == "finish"
 
 
 def test_the_database_itself_refuses_a_second_acceptance(state: State, tmp_path: Path) -> None:
@@ -379,6 +389,18 @@ def test_a_bad_checkpoint_is_blamed_on_who_left_it(state: State) -> None:
     assert state.nodes()[0].rejected == 0
 
 
+def test_nobody_goes_on_from_what_a_revoked_node_left(state: State) -> None:
+    for partition, node in enumerate("ab"):
+        assert state.release(granted(state, node, partition).id, node, left(partition + 1, node))
+    heir = granted(state, "c", 0)
+    assert state.inherited(heir.id) == left(1, "a")
+    state.revoke("a")
+    assert state.inherited(heir.id) is None and state.stale_checkpoints() == [left(1, "a").sha256]
+    state.release(heir.id, "c")
+    assert state.inherited(granted(state, "c", 0).id) is None
+    assert state.inherited(granted(state, "b", 1).id) == left(2, "b")
+
+
 class Partitions(RuleBasedStateMachine):
     """Whatever happens in whatever order: every partition is accepted at most once, and none is ever lost."""
 
@@ -422,9 +444,14 @@ class Partitions(RuleBasedStateMachine):
     @rule(lease=leases, sha=st.sampled_from("xyz"))
     def commit(self, lease: LeaseRecord | None, sha: str) -> None:
         if lease is not None:
-            receipt = submit(self.state, lease, sha)
+            judged_bad = self.state.lease(lease.id, lease.node_id).ended in ("rejected", "misled")
+            try:
+                receipt = submit(self.state, lease, sha)
+            except ProtocolError:
+                assert lease.partition not in self.accepted
+                return
             held = self.accepted.get(lease.partition)
-            assert (receipt.verdict == "accepted") == (held == SHA[sha])
+            assert (receipt.verdict == "accepted") == (held == SHA[sha] and not judged_bad)
             assert submit(self.state, lease, sha).verdict == receipt.verdict
 
     @rule(good=st.booleans(), judged=st.booleans())

@@ -376,7 +376,7 @@ class Progress(_message.Message):
     tokens_per_second: _builtins.float
     resident_bytes: _builtins.int
     activity: _builtins.str
-    """downloading, training or uploading."""
+    """downloading, training, uploading or paused; empty before the first heartbeat. What a coordinator does itself has its phase."""
     def __init__(
         self,
         *,
@@ -431,7 +431,7 @@ class HeartbeatResponse(_message.Message):
         ORDER_UNSPECIFIED: HeartbeatResponse._Order.ValueType  # 0
         ORDER_CONTINUE: HeartbeatResponse._Order.ValueType  # 1
         ORDER_FINISH: HeartbeatResponse._Order.ValueType  # 2
-        """Stop at the next checkpoint and hand over what there is."""
+        """Stop at the next checkpoint and hand over what there is. Nodes obey it; no coordinator gives it."""
         ORDER_ABANDON: HeartbeatResponse._Order.ValueType  # 3
         """The work is not wanted any more."""
 
@@ -439,7 +439,7 @@ class HeartbeatResponse(_message.Message):
     ORDER_UNSPECIFIED: HeartbeatResponse.Order.ValueType  # 0
     ORDER_CONTINUE: HeartbeatResponse.Order.ValueType  # 1
     ORDER_FINISH: HeartbeatResponse.Order.ValueType  # 2
-    """Stop at the next checkpoint and hand over what there is."""
+    """Stop at the next checkpoint and hand over what there is. Nodes obey it; no coordinator gives it."""
     ORDER_ABANDON: HeartbeatResponse.Order.ValueType  # 3
     """The work is not wanted any more."""
 
