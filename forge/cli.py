@@ -13,6 +13,7 @@ import click
 
 from forge.data.cli import data
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
+from forge.live import print_anything
 from forge.system import wait_asleep
 from forge.terminal import Printer, print_evaluation
 from forge.tracking import track_evaluations, track_option, track_progress, tracking
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Train a mixture of experts from scratch, one expert in memory at a time."""
     wait_asleep()
+    print_anything()
 
 
 main.add_command(data)

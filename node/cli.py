@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from forge.errors import ConfigError, MemoryBudgetError, report_errors
+from forge.live import print_anything
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 @click.version_option(package_name="modularforge", prog_name="forge-node")
 def main() -> None:
     """Train experts of a shared model on this machine."""
+    print_anything()
 
 
 def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
