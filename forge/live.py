@@ -91,8 +91,9 @@ class Output:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(file=self._stream, highlight=False), auto_refresh=False, transient=True,
-                              redirect_stdout=False, redirect_stderr=False, vertical_overflow="crop")  # fmt: skip
+            console = Console(file=self._stream, highlight=False, emoji=False)  # :a: is a part of an address.
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False,
+                              vertical_overflow="crop")  # fmt: skip
 
     @property
     def live(self) -> bool:
