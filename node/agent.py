@@ -261,7 +261,7 @@ class Agent:
         }  # fmt: skip
         if self._disk_bytes is not None:
             check_disk(self._disk_bytes, self._data_dir, assignment.blobs, self._cache.work_dir(assignment.partition),
-                       self._config)  # fmt: skip
+                       self._config, lambda: self._cache.discard(assignment.partition, self._console.line))  # fmt: skip
         work_dir = self._cache.begin(assignment, facts)
         self._cache.prune()
         total = sum(blob.size for blob in (*assignment.blobs, assignment.checkpoint) if blob is not None)

@@ -15,6 +15,7 @@ from node.agent import Agent
 from node.cache import claimed
 from node.client import FleetClient
 from node.console import Console
+from node.disk import training_bytes
 from node.identity import Identity
 from node.machine import MachineProfile
 from node.worker import Worker
@@ -156,6 +157,39 @@ def test_an_abandoned_lease_keeps_its_checkpoint(node: Node, coordinator: FakeCo
     assert "Going on with partition 0 from its checkpoint." in printed
     assert node.jobs[0].killed and node.jobs[1].first == 2
     assert coordinator.preferred[1] == [0]
+
+
+def test_leases_that_are_lost_do_not_fill_the_disk(node: Node) -> None:
+    coordinator = FakeCoordinator(partitions=4)
+    partitions: list[set[str]] = []
+
+    class Late(CountingJob):
+        """Leaves 4 MiB in its directory; another node's shard is accepted before all but the last."""
+
+        def events(self) -> Any:
+            partitions.append({path.name for path in (node.data_dir / "runs" / "run-1").glob("partition-*")})
+            (self.work_dir / "metrics.jsonl").write_bytes(bytes(4 << 20))
+            self.hold_at = 2 if len(node.jobs) < 4 else None
+            for event in super().events():
+                if len(node.jobs) < 4 and event["step"] == 2:
+                    coordinator.order = ABANDON
+                yield event
+
+        def kill(self) -> None:
+            coordinator.state[len(node.jobs) - 1], coordinator.order = "accepted", CONTINUE
+            super().kill()
+
+    needed = training_bytes(CONFIG) + 2 * (3 << 20) + 1000
+    node.disk_bytes = needed + (9 << 20)
+    try:
+        code, printed = node.run(coordinator.address, job=Late)
+    finally:
+        coordinator.stop()
+    assert code == 0 and coordinator.state == ["accepted"] * 4 and printed.count("its checkpoint is kept") == 3
+    assert partitions[2:] == [{"partition-000", "partition-001", "partition-002"},
+                              {"partition-001", "partition-002", "partition-003"}]  # fmt: skip
+    assert printed.count("is deleted, since --disk has no room") == 1
+    assert coordinator.tokens[0] not in {path.name for path in (node.data_dir / "blobs").iterdir()}
 
 
 def test_a_checkpoint_that_vanishes_while_it_comes_is_done_without(node: Node, coordinator: FakeCoordinator) -> None:
