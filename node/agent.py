@@ -189,7 +189,6 @@ class Agent:
         with Heartbeats(self._client, assignment.lease_id, assignment.heartbeat_seconds, self._console.wait) as beats:
             try:
                 arguments, work_dir = self._download(assignment, beats)
-                inherit(assignment, self._cache, self._client, self._config, self._console.line)
                 if (work_dir / CHECKPOINT_FILE).is_file():
                     self._console.line(f"Going on with {title} from its checkpoint.")
                 trained = self._train(arguments, work_dir, beats)
@@ -262,10 +261,10 @@ class Agent:
         }  # fmt: skip
         if self._disk_bytes is not None:
             check_disk(self._disk_bytes, self._data_dir, assignment.blobs, self._cache.work_dir(assignment.partition),
-                       self._config)  # fmt: skip
+                       self._config, lambda: self._cache.discard(assignment.partition, self._console.line))  # fmt: skip
         work_dir = self._cache.begin(assignment, facts)
         self._cache.prune()
-        total = sum(blob.size for blob in assignment.blobs)
+        total = sum(blob.size for blob in (*assignment.blobs, assignment.checkpoint) if blob is not None)
         before = 0
 
         def on_bytes(held: int, _: int) -> None:
@@ -276,6 +275,7 @@ class Agent:
         for blob in assignment.blobs:
             self._cache.fetch(self._client, blob, on_bytes)
             before += blob.size
+        inherit(assignment, self._cache, self._client, self._config, self._console.line, on_bytes)
         paths = {"shared": assignment.shared, "shared_ffn": assignment.shared_ffn,
                  "train_tokens": assignment.train_tokens}  # fmt: skip
         return facts | {key: str(self._cache.blobs.path(blob.sha256)) for key, blob in paths.items()}, work_dir

@@ -7,7 +7,8 @@
     DATA_DIR/runs/<run id>/partition-003/           assignment.json, checkpoint, shard, manifest, train.log
     DATA_DIR/runs/<run id>/partition-003/submission.json    a finished shard whose verdict is not known yet
 
-A partition's directory goes when its verdict is known, and with it the blobs that nothing else needs.
+A partition's directory goes when its verdict is known, and with it the blobs that nothing else needs. That of a lease which was
+lost stays until `--disk` leaves no room for the next one.
 """
 
 from __future__ import annotations
@@ -173,6 +174,20 @@ class Cache:
         self.withdraw(partition)
         shutil.rmtree(directory, ignore_errors=True)
         self.prune()
+
+    def discard(self, wanted: int, say: Callable[[str], None]) -> bool:
+        """Delete the unfinished partition that was worked on longest ago, but the wanted one; False when there is none.
+
+        Who is given another partition has lost the leases of those: another node trains them, or has.
+        """
+        spared = [path for path in self._run.glob("partition-*")
+                  if path != self.work_dir(wanted) and not (path / SUBMISSION_FILE).is_file()]  # fmt: skip
+        if not spared:
+            return False
+        oldest = min(spared, key=_last_change)
+        self.finish(_partition_of(oldest))
+        say(f"What was trained of partition {_partition_of(oldest)} is deleted, since --disk has no room for it any more.")
+        return not oldest.exists()
 
     def prune(self) -> None:
         """Delete runs long forgotten, what a killed agent left half-written, and blobs that no work of any run needs."""

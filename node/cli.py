@@ -9,11 +9,13 @@ from pathlib import Path
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from forge.errors import ConfigError, MemoryBudgetError, report_errors
+from forge.live import print_anything
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 @click.version_option(package_name="modularforge", prog_name="forge-node")
 def main() -> None:
     """Train experts of a shared model on this machine."""
+    print_anything()
 
 
 def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -249,15 +252,26 @@ def install_service(options: tuple[str, ...], uninstall: bool) -> None:
     if uninstall:
         click.echo(f"Removed {service.uninstall()}. What still runs ends with:  systemctl --user stop {service.UNIT_NAME}")
         return
-    given = join.make_context("forge-node join", list(options)).params
+    context = join.make_context("forge-node join", list(options))
+    given = context.params
     here = (given["data_dir"] or default_data_dir()).resolve()
     if given["where"] or given["token"] or not (here / BOOK_FILE).is_file():
         raise ConfigError("A service takes no invitation and no address: join once with `forge-node join INVITATION "
                           f"--data-dir {here}`, stop it, and leave them out here.")  # fmt: skip
-    path = service.install((*(() if given["data_dir"] else ("--data-dir", str(here))), *options))
+    typed = [option for option in join.params if isinstance(option, click.Option) and option.name != "data_dir"
+             and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE]  # fmt: skip
+    words = [word for option in typed for word in _words(option, given[option.name])]
+    path = service.install(["--data-dir", str(here), *words])
     click.echo(f"Wrote {path}. To start it now and whenever you log in:\n\n  systemctl --user daemon-reload\n"
                f"  systemctl --user enable --now {service.UNIT_NAME}\n\n"
                "and to have it run while you are logged out too:  loginctl enable-linger")  # fmt: skip
+
+
+def _words(option: click.Option, value: Any) -> list[str]:
+    """An option as it is typed, with a path that is the same wherever that is done."""
+    if option.is_flag or option.count:
+        return [option.opts[0]] * int(value)
+    return [option.opts[0], str(value.resolve() if isinstance(value, Path) else value)]
 
 
 def parse_duration(text: str) -> float:

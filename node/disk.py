@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import os
 from pathlib import Path
 
@@ -28,7 +28,8 @@ def training_bytes(config: RunConfig) -> int:
     return kept + checkpoint + max(checkpoint, shard) + config.steps("expert") * _LINE_BYTES + _SMALL_BYTES
 
 
-def check_disk(limit: int, data_dir: Path, blobs: Iterable[Blob], work_dir: Path, config: RunConfig) -> None:
+def check_disk(limit: int, data_dir: Path, blobs: Iterable[Blob], work_dir: Path, config: RunConfig,
+               discard: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
     """Refuse an assignment that would take the data directory above the owner's limit.
 
     Args:
@@ -37,18 +38,25 @@ def check_disk(limit: int, data_dir: Path, blobs: Iterable[Blob], work_dir: Path
         blobs: what the assignment is trained from, whether it is here or not.
         work_dir: where it is trained; what lies there already is part of what training writes.
         config: of the run.
+        discard: deletes something that can be spared; False when there is nothing. Called while that may help.
 
     Raises:
-        StorageError: it would; the sentence names a limit that is enough.
+        StorageError: it would nevertheless; the sentence names a limit that is enough.
     """
-    others = held_bytes(data_dir) - held_bytes(work_dir)
-    others -= sum(held_bytes(path) for blob in blobs for path in (data_dir / "blobs").glob(f"{blob.sha256}*"))
     needed = sum(blob.size for blob in blobs) + training_bytes(config)
-    if others + needed > limit:
+    while (others := _beside(data_dir, blobs, work_dir)) + needed > limit:
+        if needed <= limit and discard():
+            continue
         enough = -(-(others + needed) // MB)
         kept = f" beside the {format_size(others)} that are there" if others >= MB else ""
         raise StorageError(f"--disk allows {data_dir} to hold {format_size(limit)}, and an expert of the run {config.name!r} "
                            f"needs {format_size(needed)}{kept}: use --disk {enough}M or more.")  # fmt: skip
+
+
+def _beside(data_dir: Path, blobs: Iterable[Blob], work_dir: Path) -> int:
+    """Bytes that the data directory holds of anything but an assignment."""
+    own = [work_dir, *(path for blob in blobs for path in (data_dir / "blobs").glob(f"{blob.sha256}*"))]
+    return held_bytes(data_dir) - sum(map(held_bytes, own))
 
 
 def held_bytes(path: Path) -> int:

@@ -14,8 +14,9 @@ from node.client import FleetClient, OnBytes
 from node.messages import Assignment, Progress
 
 
-def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Go on from what another node left of an expert, if this one has no checkpoint of its own.
+def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: RunConfig, say: Callable[[str], None],
+            on_bytes: OnBytes) -> None:  # fmt: skip
+    """Go on from what another node left of an expert, if this one has no checkpoint of its own and it is still there.
 
     Raises:
         ForgeError: it could not be downloaded.
@@ -25,11 +26,14 @@ def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: R
         return
     from forge.checkpoint.handover import check_checkpoint  # It imports NumPy, which an agent can do without.
 
-    path = cache.fetch(client, left)
+    path = cache.blobs.path(left.sha256)
     try:
-        step = check_checkpoint(path, config)
-    except ShardError as error:
-        path.unlink(missing_ok=True)
+        step = check_checkpoint(cache.fetch(client, left, on_bytes), config)
+    except AccessError:
+        raise
+    except (ProtocolError, ShardError) as error:  # The expert may be finished by now, or somebody else have left more of it.
+        for held in path.parent.glob(f"{path.name}*"):
+            held.unlink()
         return say(f"What another node left of partition {partition} is of no use: {error}")
     cache.inherit(partition, path)
     say(f"Another node left partition {partition} at step {step:,}.")

@@ -24,8 +24,9 @@ from tests.coordinator.fakes import Clock, until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
 VIEW = View(title="smoke: training", done=0.5, facts=("step 5 of 10", "loss 3.2"), left="40 s left", waits_for="")
-SHOW = ("import sys, time; from tests.test_live import VIEW; from forge.live import Output\n"
-        "out = Output()\nout.show(VIEW)\nout.line('a line [bold]')\nout.show(VIEW)\n"
+LINE = "a line [bold] from [2001:db8:a:b::1]"  # No markup, and no emoji.
+SHOW = ("import sys, time; from tests.test_live import LINE, VIEW; from forge.live import Output\n"
+        "out = Output()\nout.show(VIEW)\nout.line(LINE)\nout.show(VIEW)\n"
         "if sys.argv[1:]: time.sleep(600)\nout.calm()\nprint('after')")  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def shown(**settings: object) -> bytes:
 
 def test_a_terminal_gets_a_view_below_the_lines_and_has_its_cursor_at_the_end() -> None:
     text = shown()
-    for part in ("smoke: training", "━" * 30 + "\x1b", "step 5 of 10 · loss 3.2", "40 s left", "a line [bold]", "\x1b[32m"):
+    for part in ("smoke: training", "━" * 30 + "\x1b", "step 5 of 10 · loss 3.2", "40 s left", LINE, "\x1b[32m"):
         assert part in text.decode()
     assert text.rfind(b"\x1b[?25h") >= text.rfind(b"\x1b[?25l")
     assert text.endswith(b"after\r\n") and b"\x1b[?1049h" not in text
@@ -87,7 +88,7 @@ def test_no_color_means_none_and_a_small_window_gets_one_line() -> None:
 
 
 def test_a_terminal_that_cannot_redraw_gets_lines() -> None:
-    assert shown(TERM="dumb").decode().splitlines() == ["a line [bold]", "after"]
+    assert shown(TERM="dumb").decode().splitlines() == [LINE, "after"]
 
 
 def test_a_kill_leaves_the_cursor_visible() -> None:

@@ -38,6 +38,8 @@ from tests.disk import Disk, disk, why_not
 
 needs_disk = pytest.mark.skipif(bool(why_not()), reason=why_not())
 SERVE = "forge-coordinator serve --config tiny.yaml --listen 127.0.0.1:0"
+#: Output that goes to a file, as Windows has it.
+WINDOWS = {"PYTHONIOENCODING": "cp1252"}
 
 
 @pytest.fixture
@@ -270,7 +272,7 @@ def fleet(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         for shard in shards.values():
             (seen / "run" / "blobs" / shard.name).unlink()
         log = desk / "log"
-        process = start(f"{SERVE} --run-dir disk/run", desk, mounted, output=log)
+        process = start(f"{SERVE} --run-dir disk/run", desk, mounted, output=log, environment=WINDOWS)
         fleet = Fleet(desk, RunDirectory(seen / "run"), "", "", process, log, mounted, shards)
         try:
             fleet.says("nodes can train experts now")
@@ -358,6 +360,19 @@ def test_a_bad_shard(kind: str, fleet: Fleet) -> None:
     left = [path for path in tree(fleet.desk / name) if "partition-" in path or path.endswith((".part", ".tmp"))]
     assert left == []
     assert {part["state"] for part in fleet.partitions()} == {"open"}
+
+
+def test_a_name_that_the_output_cannot_encode(fleet: Fleet) -> None:
+    name = "\u540d\u524d"
+    command = fleet.finished_node(name, lambda good, bad: bad.write_bytes(good.read_bytes()[:-2000]))
+    outcome = run(f"{command} --name {name}", fleet.desk, environment=WINDOWS)
+    is_one_sentence(outcome, "shard", "The coordinator rejected the shard of this node", "truncated")
+    assert "Joined the run 'tiny' as ?? on" in outcome.out
+    for words in ("?? joined", "?? trains expert", "?? handed expert", "of ?? is rejected"):
+        fleet.says(words)
+    events = map(json.loads, (fleet.run.root / "events.jsonl").read_text().splitlines())
+    assert f"{name} joined" in [event.get("sentence") for event in events]
+    assert "/??.txt" in worked(run(f"forge config tiny.yaml data.source=/{name}.txt", fleet.desk, environment=WINDOWS)).out
 
 
 @needs_disk

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import hashlib
 import json
@@ -40,6 +40,8 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.shared, self.ffn = (self._add(os.urandom(blob_bytes)) for _ in range(2))
         self.tokens = [self._add(os.urandom(1000)) for _ in range(partitions)]
         self.state = ["open"] * partitions
+        self.left: pb.Blob | None = None  # what every assignment says that another node left
+        self.on_chunk: Callable[[str], object] = lambda sha256: None  # before a chunk of that file is sent
         self.run_id, self.protocol_version = "run-1", PROTOCOL_VERSION
         self.credentials: set[str] = set()
         self.nodes: dict[str, bytes] = {}
@@ -70,6 +72,11 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         self.changed = threading.Condition()
         self.port = 0
         self.start()
+
+    def leave(self, size: int) -> str:
+        """Have another node have left a checkpoint."""
+        self.left = pb.Blob(sha256=self._add(os.urandom(size)), size=size)
+        return self.left.sha256
 
     def _add(self, data: bytes) -> str:
         sha256 = hashlib.sha256(data).hexdigest()
@@ -155,7 +162,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
         return pb.LeaseResponse(assignment=pb.Assignment(
             lease_id=lease, heartbeat_seconds=0.02, expert=pb.ExpertWork(
                 partition=partition, partition_tokens=500, shared=blob(self.shared), shared_ffn=blob(self.ffn),
-                train_tokens=blob(self.tokens[partition]))))  # fmt: skip
+                train_tokens=blob(self.tokens[partition]), checkpoint=self.left)))  # fmt: skip
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
         self._enter("Heartbeat", context)
@@ -168,6 +175,9 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
 
     def FetchBlob(self, request: pb.FetchBlobRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchBlobResponse]:
         self._enter("FetchBlob", context)
+        if request.sha256 not in self.blobs:
+            context.set_trailing_metadata((("forge-error-code", "protocol"),))
+            context.abort(grpc.StatusCode.NOT_FOUND, "This run publishes no such file.")
         self.fetch_offsets.append(request.offset)
         self.fetch_chunks.append(request.chunk_bytes)
         data, sent = self.blobs[request.sha256][request.offset :], 0
@@ -184,6 +194,7 @@ class FakeCoordinator(fleet_pb2_grpc.FleetServiceServicer):
             chunk = data[sent : sent + (request.chunk_bytes or 256 << 10)]
             if self.passes is not None and len(chunk) > self.passes:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            self.on_chunk(request.sha256)
             yield pb.FetchBlobResponse(data=chunk)
             sent += len(chunk)
 

@@ -9,12 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-from forge.errors import MemoryBudgetError, ProtocolError, ShardError, StorageError, TrainingError
+from forge.errors import AccessError, MemoryBudgetError, ProtocolError, ShardError, StorageError, TrainingError
 from forge.train.memory import candidates, format_size, plan
 from node.agent import Agent
 from node.cache import claimed
 from node.client import FleetClient
 from node.console import Console
+from node.disk import training_bytes
 from node.identity import Identity
 from node.machine import MachineProfile
 from node.worker import Worker
@@ -156,6 +157,86 @@ def test_an_abandoned_lease_keeps_its_checkpoint(node: Node, coordinator: FakeCo
     assert "Going on with partition 0 from its checkpoint." in printed
     assert node.jobs[0].killed and node.jobs[1].first == 2
     assert coordinator.preferred[1] == [0]
+
+
+def test_leases_that_are_lost_do_not_fill_the_disk(node: Node) -> None:
+    coordinator = FakeCoordinator(partitions=4)
+    partitions: list[set[str]] = []
+
+    class Late(CountingJob):
+        """Leaves 4 MiB in its directory; another node's shard is accepted before all but the last."""
+
+        def events(self) -> Any:
+            partitions.append({path.name for path in (node.data_dir / "runs" / "run-1").glob("partition-*")})
+            (self.work_dir / "metrics.jsonl").write_bytes(bytes(4 << 20))
+            self.hold_at = 2 if len(node.jobs) < 4 else None
+            for event in super().events():
+                if len(node.jobs) < 4 and event["step"] == 2:
+                    coordinator.order = ABANDON
+                yield event
+
+        def kill(self) -> None:
+            coordinator.state[len(node.jobs) - 1], coordinator.order = "accepted", CONTINUE
+            super().kill()
+
+    needed = training_bytes(CONFIG) + 2 * (3 << 20) + 1000
+    node.disk_bytes = needed + (9 << 20)
+    try:
+        code, printed = node.run(coordinator.address, job=Late)
+    finally:
+        coordinator.stop()
+    assert code == 0 and coordinator.state == ["accepted"] * 4 and printed.count("its checkpoint is kept") == 3
+    assert partitions[2:] == [{"partition-000", "partition-001", "partition-002"},
+                              {"partition-001", "partition-002", "partition-003"}]  # fmt: skip
+    assert printed.count("is deleted, since --disk has no room") == 1
+    assert coordinator.tokens[0] not in {path.name for path in (node.data_dir / "blobs").iterdir()}
+
+
+def test_a_checkpoint_that_vanishes_while_it_comes_is_done_without(node: Node, coordinator: FakeCoordinator) -> None:
+    left = coordinator.leave(3 << 20)
+    coordinator.on_chunk = lambda sha256: sha256 == left and coordinator.blobs.pop(left, None)
+    coordinator.cut_fetch = [1 << 30] * 3 + [1 << 20]
+    begun: list[set[str]] = []
+
+    class Begun(CountingJob):
+        def events(self) -> Any:
+            begun.append({path.name for path in (node.data_dir / "blobs").iterdir()})
+            yield from super().events()
+
+    code, printed = node.run(coordinator.address, job=Begun)
+    assert code == 0 and coordinator.state == ["accepted"] and node.jobs[0].first == 0
+    assert "What another node left of partition 0 is of no use: This run publishes no such file." in printed
+    assert begun == [{coordinator.shared, coordinator.ffn, coordinator.tokens[0]}]
+    assert coordinator.fetch_offsets == [0] * 4, "it had come in part"
+
+
+def test_who_may_not_have_a_checkpoint_is_told(node: Node, coordinator: FakeCoordinator) -> None:
+    left = coordinator.leave(1000)
+
+    def revoke(sha256: str) -> None:
+        if sha256 == coordinator.tokens[0]:
+            coordinator.refusals["FetchBlob"] = (grpc.StatusCode.PERMISSION_DENIED, "access", "You are not invited any more.")
+
+    coordinator.on_chunk = revoke
+    with pytest.raises(AccessError, match="not invited any more"):
+        node.run(coordinator.address)
+    assert left in coordinator.blobs and node.jobs == []
+
+
+def test_an_order_ends_the_download_of_a_checkpoint(node: Node, coordinator: FakeCoordinator) -> None:
+    left = coordinator.leave(3 << 20)
+
+    def accept_another(sha256: str) -> None:
+        if sha256 == left and coordinator.order != ABANDON:
+            coordinator.order, coordinator.state = ABANDON, ["accepted"]
+            with coordinator.changed:  # The second heartbeat from now on comes when the first was answered.
+                heard = len(coordinator.activities) + 2
+                assert coordinator.changed.wait_for(lambda: len(coordinator.activities) >= heard, 30)
+
+    coordinator.on_chunk = accept_another
+    code, printed = node.run(coordinator.address)
+    assert code == 0 and "The lease of partition 0 is lost (the test says so)" in printed
+    assert node.jobs == [] and left not in {path.name for path in (node.data_dir / "blobs").iterdir()}
 
 
 def test_finish_gives_the_lease_back_at_a_checkpoint(node: Node, coordinator: FakeCoordinator) -> None:

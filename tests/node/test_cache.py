@@ -56,6 +56,25 @@ def test_a_run_that_was_never_met_again_is_forgotten(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "old").exists()
 
 
+def test_who_needs_room_discards_the_oldest_unfinished_partition_first(tmp_path: Path) -> None:
+    cache, said = Cache(tmp_path, "run"), list[str]()
+    (tmp_path / "blobs").mkdir()
+    for partition, tokens in enumerate("cdef"):
+        directory = cache.begin(_assignment(partition, tokens), {})
+        (tmp_path / "blobs" / (tokens * 64)).write_bytes(b"x")
+        shard = directory / "shard.safetensors"
+        shard.write_bytes(b"x")
+        if partition == 0:
+            cache.submit(Submission(lease_id="lease", partition=0, sha256="0" * 64, size=1, shard=str(shard), manifest="{}"))
+        for path in (*directory.iterdir(), directory):
+            os.utime(path, (1000 - partition, 1000 - partition))
+    assert [cache.discard(3, said.append) for _ in range(3)] == [True, True, False]
+    assert [sentence.split(" is deleted")[0] for sentence in said] == [
+        "What was trained of partition 2", "What was trained of partition 1"]
+    assert {path.name for path in (tmp_path / "runs" / "run").glob("partition-*")} == {"partition-000", "partition-003"}
+    assert _blobs(tmp_path) == {"c", "f"}, "a finished shard stays, and what the next one is trained from"
+
+
 def test_submissions_survive_and_need_their_shard(tmp_path: Path) -> None:
     cache = Cache(tmp_path, "run")
     shard = cache.begin(_assignment(7, "c"), {}) / "shard.safetensors"

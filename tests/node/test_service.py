@@ -23,11 +23,11 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def typed(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def typed(home: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"),
                                 "FORGE_DATA_DIR": str(home / "100% mine")}  # fmt: skip
     return subprocess.run([sys.executable, "-m", "node.cli", "install-service", *arguments], env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+                          capture_output=True, text=True, check=False, cwd=cwd)  # fmt: skip
 
 
 def unit(home: Path) -> Path:
@@ -40,12 +40,22 @@ def test_the_unit_runs_the_same_join_and_is_removed_again(home: Path) -> None:
     assert "systemctl --user enable --now modularforge-node.service" in done.stdout
     (command,) = [line for line in unit(home).read_text().splitlines() if line.startswith("ExecStart=")]
     data_dir = str(home / "100% mine").replace("%", "%%")
-    assert command == (f'ExecStart="{sys.executable}" "-m" "node.cli" "join" "--data-dir" "{data_dir}" "--ram" "2G" "--when" '
-                       '"idle" "--name" "ada \\"$$HOME\\""')  # fmt: skip
+    assert command == (f'ExecStart="{sys.executable}" "-m" "node.cli" "join" "--data-dir" "{data_dir}" "--ram" "2G" "--name" '
+                       '"ada \\"$$HOME\\"" "--when" "idle"')  # fmt: skip
     assert typed(home, "--uninstall").returncode == 0
     assert not unit(home).exists()
     again = typed(home, "--uninstall")
     assert (again.returncode, again.stderr.count("\n")) == (3, 1) and "no service to remove" in again.stderr
+
+
+def test_paths_are_those_of_the_directory_it_was_typed_in(home: Path) -> None:
+    done = typed(home, "--config=my.yaml", "--data-dir", "../100% mine", "--once", "--insecure", "--insecure", "--log-format",
+                 "json", cwd=home / "100% mine")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in unit(home).read_text().splitlines() if line.startswith("ExecStart=")]
+    data_dir = str(home / "100% mine").replace("%", "%%")
+    assert command.endswith(f'"join" "--data-dir" "{data_dir}" "--config" "{data_dir}/my.yaml" "--once" "--log-format" "json" '
+                            '"--insecure" "--insecure"')  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
