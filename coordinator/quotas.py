@@ -57,7 +57,7 @@ class Quotas:
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted; who is not in it has all
         self._looked_at = clock()
-        self._flying: dict[str, int] = {}
+        self._flying: dict[str, tuple[int, int]] = {}  # transfers and their bytes
         self._transfers = 0
 
     def call(self, node_id: str) -> None:
@@ -93,17 +93,17 @@ class Quotas:
         with self._lock:
             if self._transfers >= self._limits.transfers:
                 raise QuotaError(f"The coordinator is busy with {self._transfers} transfers.", self._limits.retry_seconds)
-            flying = self._flying.get(node_id, 0)
+            number, flying = self._flying.get(node_id, (0, 0))
             if flying and flying + size > self._limits.bytes_in_flight:
                 raise QuotaError(f"This node has {flying:,} bytes on their way, and {size:,} more are over the limit of "
                                  f"{self._limits.bytes_in_flight:,}.", self._limits.retry_seconds)  # fmt: skip
-            self._flying[node_id] = flying + size
+            self._flying[node_id] = (number + 1, flying + size)
             self._transfers += 1
         try:
             yield
         finally:
             with self._lock:
                 self._transfers -= 1
-                self._flying[node_id] -= size
-                if not self._flying[node_id]:
-                    del self._flying[node_id]
+                number, flying = self._flying.pop(node_id)
+                if number > 1:
+                    self._flying[node_id] = (number - 1, flying - size)
