@@ -28,11 +28,8 @@ class Publication:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """sha256 -> size of every blob that nodes may read: none before the run is published."""
-        if not self._sizes:
-            facts = self.facts
-            blobs = [facts[key] for key in ("shared", "shared_ffn", "router") if key in facts]
-            for partition in facts.get("partitions", ()):
-                blobs += [partition[key] for key in ("train", "validation", "test") if partition.get(key)]
+        """sha256 -> size of every blob that nodes may read: what they train with, and no held-out document."""
+        if not self._sizes and self.facts:
+            blobs = [self.facts["shared"], self.facts["shared_ffn"], *(part["train"] for part in self.facts["partitions"])]
             self._sizes = {blob["sha256"]: int(blob["size"]) for blob in blobs}
         return self._sizes

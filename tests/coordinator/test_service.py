@@ -87,6 +87,18 @@ def test_a_blob_is_read_from_any_offset_but_only_if_it_is_published(world: World
         assert refusal(partial(node.fetch, sha256))[0] == grpc.StatusCode.NOT_FOUND
 
 
+def test_nobody_reads_the_documents_that_shards_are_judged_by(world: World) -> None:
+    node, published = world.node("laptop"), world.run.marker("publish")
+    assert published is not None
+    work = node.lease(1).expert
+    for blob in (work.shared, work.shared_ffn, work.train_tokens):
+        assert sha256_of(node.fetch(blob.sha256)) == blob.sha256
+    held_out = [part[split] for part in published["partitions"] for split in ("validation", "test")]
+    for blob in (*held_out, published["router"], published["shared_with_context"]):
+        assert world.run.blobs.has(blob["sha256"])
+        assert refusal(partial(node.fetch, blob["sha256"]))[0] == grpc.StatusCode.NOT_FOUND
+
+
 def test_the_whole_way_of_a_shard(world: World) -> None:
     node = world.node("laptop")
     assignment = node.lease(2)
