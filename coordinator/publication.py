@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from forge.files import RunDirectory
+from forge.vocabulary import STAGES
 
 
 class Publication:
@@ -18,6 +20,7 @@ class Publication:
         self._run = run
         self._facts: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
+        self._made = ""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -33,3 +36,9 @@ class Publication:
             blobs = [self.facts["shared"], self.facts["shared_ffn"], *(part["train"] for part in self.facts["partitions"])]
             self._sizes = {blob["sha256"]: int(blob["size"]) for blob in blobs}
         return self._sizes
+
+    def made(self, sha256: str) -> bool:
+        """Whether a stage of the run left this blob, which stays, whatever somebody calls it."""
+        if not self._made and self.facts:
+            self._made = json.dumps([self._run.marker(stage) for stage in STAGES])
+        return sha256 in self._made
