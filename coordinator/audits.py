@@ -115,6 +115,11 @@ class Audits:
             return ()
         return tuple(sha256 for shard in self._state.pending_shards(lease_id) for sha256 in self._missing(shard))
 
+    def needs(self, sha256: str) -> bool:
+        """Whether a shard that waits for its verdict is audited with this checkpoint."""
+        return bool(self._config.fleet.audit) and any(
+            sha256 in self.checkpoints(shard) for shard in self._state.pending_shards())  # fmt: skip
+
     def next_pending(self) -> ShardRecord | None:
         """The oldest shard whose verdict need not wait for its node any more."""
         if not self._config.fleet.audit:

@@ -28,7 +28,7 @@ from forge.system import sync_directory
 #: Bytes that the header of a shard's safetensors file may take: about 150 a tensor, plus metadata.
 HEADER_BYTES = 1 << 20
 PART_SUFFIX = ".part"
-#: Unfinished uploads that a node may have: the one that it sends, and one of a lease before it.
+#: Uploads, finished or not, that a node may have beside what the run needs: the one that it sends, and one of a lease before it.
 MAX_UPLOADS = 2
 #: Seconds for which a finished upload waits to be committed: a laptop that was closed in between may come back the next day.
 UNCOMMITTED_SECONDS = 36 * 3600.0
@@ -80,21 +80,23 @@ class Uploads:
         store: where finished uploads go.
         largest: bytes that one shard may have.
         largest_checkpoint: bytes that one checkpoint may have.
+        needed: whether the run needs a blob, which then stays.
     """
 
-    def __init__(self, store: BlobStore, largest: int, largest_checkpoint: int = 0) -> None:
-        self.store = store
+    def __init__(self, store: BlobStore, largest: int, largest_checkpoint: int = 0,
+                 needed: Callable[[str], bool] = lambda sha256: False) -> None:  # fmt: skip
+        self.store, self._needed = store, needed
         self._largest = {False: largest, True: largest_checkpoint}
         self._directory = store.directory / "incoming"
         self._lock = threading.Lock()
         self._open: dict[str, _Upload] = {}
-        self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploads, until that is finished
+        self._of_lease: dict[str, tuple[str, str]] = {}  # lease -> its node, and what it uploaded last
 
     def open(self, lease: LeaseRecord, sha256: str, size: int, checkpoint: bool = False) -> int:
         """Announce an upload; the offset to go on from, equal to `size` when nothing is missing.
 
-        A lease has one upload and a node `MAX_UPLOADS`: announcing another one drops the oldest, so that a node cannot
-        fill the disk with parts.
+        A lease has one upload and a node `MAX_UPLOADS`: announcing another one drops the oldest, finished or not, so that a
+        node cannot fill the disk. What the run needs stays.
 
         Raises:
             ProtocolError: the size is not one that a shard of this run can have.
@@ -103,12 +105,12 @@ class Uploads:
         if not 0 < size <= self._largest[checkpoint]:
             raise ProtocolError(f"A {'checkpoint' if checkpoint else 'shard'} of this run has at most "
                                 f"{self._largest[checkpoint]:,} bytes, and this one {size:,}.")  # fmt: skip
-        if self.store.has(sha256):
-            with contextlib.suppress(OSError):
-                os.utime(self.store.path(sha256))  # Wanted again: see `forget_unused`.
-            return size
         with self._lock:
             self._make_way(lease, sha256)
+            if self.store.has(sha256):
+                with contextlib.suppress(OSError):
+                    os.utime(self.store.path(sha256))  # Wanted again: see `forget_unused`.
+                return size
             upload = self._open.setdefault(sha256, _Upload(size))
         with upload.lock:
             if upload.size != size:
@@ -180,6 +182,13 @@ class Uploads:
             upload = self._open.get(sha256)
         return max(0, upload.size - offset) if upload is not None else 0
 
+    def discard(self, lease_id: str, sha256: str) -> None:
+        """Delete what a lease uploaded last, if it is this and nothing else."""
+        with self._lock:
+            if self._of_lease.get(lease_id, ("", ""))[1] == sha256:
+                del self._of_lease[lease_id]
+                self._let_go(sha256)
+
     def forget_all(self) -> None:
         """Delete every unfinished upload: the run needs no more shards."""
         with self._lock:
@@ -187,21 +196,20 @@ class Uploads:
             self._of_lease.clear()
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def forget_unused(self, needed: Callable[[str], bool], now: float) -> list[str]:
+    def forget_unused(self, now: float) -> list[str]:
         """Delete finished uploads that nobody committed in `UNCOMMITTED_SECONDS`; their sha256.
 
         A node commits seconds after it has sent, and asks where its upload goes on when it comes back: it finds what is younger,
         and sends again what is not.
 
         Args:
-            needed: whether the run needs a blob; asked for those that are old enough.
             now: seconds since the epoch.
         """
         forgotten = []
         with storage_errors(self.store.directory):
             for path in sorted(self.store.directory.iterdir()) if self.store.directory.is_dir() else ():
                 old = path.is_file() and now - path.stat().st_mtime > UNCOMMITTED_SECONDS
-                if old and len(path.name) == SHA256_DIGITS and not needed(path.name):
+                if old and len(path.name) == SHA256_DIGITS and not self._needed(path.name):
                     path.unlink(missing_ok=True)
                     forgotten.append(path.name)
         return forgotten
@@ -212,11 +220,17 @@ class Uploads:
         self._of_lease[lease.id] = (lease.node_id, sha256)
         mine = [held for held, (node_id, _) in self._of_lease.items() if node_id == lease.node_id]
         dropped += [self._of_lease.pop(held)[1] for held in mine[:-MAX_UPLOADS]]
-        wanted = {held for _, held in self._of_lease.values()}
-        for old in dropped:
-            if old and old not in wanted:
-                self._open.pop(old, None)
-                self._part(old).unlink(missing_ok=True)
+        for old in filter(None, dropped):
+            self._let_go(old)
+
+    def _let_go(self, sha256: str) -> None:
+        """Delete an upload, unless another lease brings the same or the run needs it."""
+        if any(held == sha256 for _, held in self._of_lease.values()):
+            return
+        self._open.pop(sha256, None)
+        self._drop(sha256)
+        if self.store.has(sha256) and not self._needed(sha256):
+            self.store.path(sha256).unlink(missing_ok=True)
 
     def _finish(self, sha256: str, upload: _Upload) -> int:
         """Check the hash and make the part a blob."""
@@ -231,11 +245,12 @@ class Uploads:
         with storage_errors(path):
             with open(path, "r+b") as file:  # Windows syncs what may be written.
                 os.fsync(file.fileno())
-            os.replace(path, self.store.path(sha256))
-            sync_directory(self.store.directory)
-        with self._lock:
-            self._open.pop(sha256, None)
-            self._of_lease = {lease: held for lease, held in self._of_lease.items() if held[1] != sha256}
+            with self._lock:
+                if self._open.get(sha256) is not upload:  # Another one took its place, and so may the part be another one's.
+                    raise UploadInterruptedError("The upload was dropped for another one: ask for the offset.")
+                os.replace(path, self.store.path(sha256))
+                sync_directory(self.store.directory)
+                del self._open[sha256]
         return upload.size
 
     def _held(self, sha256: str) -> int:

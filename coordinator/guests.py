@@ -76,17 +76,21 @@ class Guests:
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
-    def check_guest(self, node_id: str, secret: bytes | None) -> None:
+    def check_guest(self, node_id: str, secret: bytes | None) -> str:
         """Whether a node may join: it is known, or has a valid invitation. Changes nothing.
+
+        Returns:
+            The id of the node if it is known, else of its invitation.
 
         Raises:
             AccessError: it may not, and why.
         """
         with self._database.reading() as session:
             if session.get(Node, node_id) is None:
-                self._valid(session, secret)
-            elif session.get(Revocation, node_id) is not None:
+                return self._valid(session, secret).id
+            if session.get(Revocation, node_id) is not None:
                 raise AccessError(REVOKED)
+            return node_id
 
     def admit(self, node_id: str, public_key: bytes, name: str, machine: dict[str, Any], secret: bytes | None) -> bool:
         """Remember a node that may join; whether it is new, and so has used its invitation once.

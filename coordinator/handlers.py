@@ -206,9 +206,7 @@ def release(lease_id: str, node: NodeRecord, desk: Desk, checkpoint: str = "") -
     try:
         left = CheckpointRecord(sha256=checkpoint, size=path.stat().st_size, step=check_checkpoint(path, desk.config))
     except ShardError:
-        known = checkpoint in desk.publication.sizes or desk.state.checkpoint_size(checkpoint) is not None
-        if not known and not desk.state.uses(checkpoint):  # It is nothing else, which somebody calls a checkpoint.
-            path.unlink(missing_ok=True)
+        desk.uploads.discard(lease_id, checkpoint)
         raise
     if desk.state.release(lease_id, node.id, left):
         desk.note("handed-over", f"{node.name} leaves expert {held.partition} at step {left.step:,} to the next",

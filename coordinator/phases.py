@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
 import threading
 import time
 from typing import Any
@@ -101,8 +100,7 @@ class Work:
 
     def tidy(self) -> None:
         """Forget what was uploaded and never committed."""
-        own = json.dumps([self._run.marker(stage) for stage in STAGES]) + json.dumps(assembly.placed(self._run.model))
-        forgotten = self._uploads.forget_unused(lambda sha256: sha256 in own or self._state.needs(sha256), time.time())
+        forgotten = self._uploads.forget_unused(time.time())
         if forgotten:
             self._journal.event("forgotten", sha256=forgotten)
 

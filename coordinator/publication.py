@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from forge.files import RunDirectory
+from forge.vocabulary import STAGES
 
 
 class Publication:
@@ -18,6 +20,7 @@ class Publication:
         self._run = run
         self._facts: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
+        self._made = ""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -28,11 +31,14 @@ class Publication:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """sha256 -> size of every blob that nodes may read: none before the run is published."""
-        if not self._sizes:
-            facts = self.facts
-            blobs = [facts[key] for key in ("shared", "shared_ffn", "router") if key in facts]
-            for partition in facts.get("partitions", ()):
-                blobs += [partition[key] for key in ("train", "validation", "test") if partition.get(key)]
+        """sha256 -> size of every blob that nodes may read: what they train with, and no held-out document."""
+        if not self._sizes and self.facts:
+            blobs = [self.facts["shared"], self.facts["shared_ffn"], *(part["train"] for part in self.facts["partitions"])]
             self._sizes = {blob["sha256"]: int(blob["size"]) for blob in blobs}
         return self._sizes
+
+    def made(self, sha256: str) -> bool:
+        """Whether a stage of the run left this blob, which stays, whatever somebody calls it."""
+        if not self._made and self.facts:
+            self._made = json.dumps([self._run.marker(stage) for stage in STAGES])
+        return sha256 in self._made

@@ -1,10 +1,11 @@
-"""How much one node may ask for: calls in a second, and bytes on their way at one time. Leases are bounded in the state.
+"""How much one node may ask for: calls in a second and at one time, and bytes on their way. Leases are bounded in the state.
 
 The numbers are far above what a node of ours does. A node that meets one is told when to come again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,13 +36,20 @@ class Limits:
     """In the long run. A node that trains makes a call every few seconds, one that waits or transfers a few a second."""
     burst: float = 500.0
     """Calls that may come at once after a quiet time."""
+    calls: int = 8
+    """Answered at one time: each holds one of the server's threads, also while its message is waited for. A node of ours makes
+    two, and for half a minute as many again, after its connection broke in silence."""
+    joins: int = 64
+    """Answered at one time of all nodes that are not known yet and come with one invitation: they may start all at once."""
     bytes_in_flight: int = 1 << 30
     """Of all transfers that run at one time; a single one may be larger. A node of ours has one, and for half a minute
     a second one, after its connection broke in silence."""
+    own_transfers: int = 4
+    """That run at one time."""
     transfers: int = 128
     """That run at one time, of all nodes together: each holds one of the server's threads."""
     retry_seconds: float = 5.0
-    """When a transfer that was too much may be tried again."""
+    """When a call or a transfer that was too much at one time may be tried again."""
 
 
 class Quotas:
@@ -57,7 +65,8 @@ class Quotas:
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # calls left, and when that was counted; who is not in it has all
         self._looked_at = clock()
-        self._flying: dict[str, int] = {}
+        self._answered: Counter[str] = Counter()
+        self._flying: dict[str, tuple[int, int]] = {}  # transfers and their bytes
         self._transfers = 0
 
     def call(self, node_id: str) -> None:
@@ -84,6 +93,31 @@ class Quotas:
             self._buckets = {node: held for node, held in self._buckets.items() if now - held[1] < full}
 
     @contextmanager
+    def answering(self, who: str, joins: bool = False) -> Iterator[None]:
+        """Count a call while it is answered.
+
+        Args:
+            who: the node, or the invitation that it joins with.
+            joins: whether it is the invitation.
+
+        Raises:
+            QuotaError: too many others are answered.
+        """
+        most = self._limits.joins if joins else self._limits.calls
+        with self._lock:
+            if self._answered[who] >= most:
+                raise QuotaError(f"This {'invitation' if joins else 'node'} has {most} calls that are not answered yet.",
+                                 self._limits.retry_seconds)  # fmt: skip
+            self._answered[who] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._answered[who] -= 1
+                if not self._answered[who]:
+                    del self._answered[who]
+
+    @contextmanager
     def transfer(self, node_id: str, size: int) -> Iterator[None]:
         """Count the bytes of a transfer while it runs.
 
@@ -93,17 +127,19 @@ class Quotas:
         with self._lock:
             if self._transfers >= self._limits.transfers:
                 raise QuotaError(f"The coordinator is busy with {self._transfers} transfers.", self._limits.retry_seconds)
-            flying = self._flying.get(node_id, 0)
+            number, flying = self._flying.get(node_id, (0, 0))
+            if number >= self._limits.own_transfers:
+                raise QuotaError(f"This node has {number} transfers under way.", self._limits.retry_seconds)
             if flying and flying + size > self._limits.bytes_in_flight:
                 raise QuotaError(f"This node has {flying:,} bytes on their way, and {size:,} more are over the limit of "
                                  f"{self._limits.bytes_in_flight:,}.", self._limits.retry_seconds)  # fmt: skip
-            self._flying[node_id] = flying + size
+            self._flying[node_id] = (number + 1, flying + size)
             self._transfers += 1
         try:
             yield
         finally:
             with self._lock:
                 self._transfers -= 1
-                self._flying[node_id] -= size
-                if not self._flying[node_id]:
-                    del self._flying[node_id]
+                number, flying = self._flying.pop(node_id)
+                if number > 1:
+                    self._flying[node_id] = (number - 1, flying - size)

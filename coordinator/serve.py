@@ -275,13 +275,16 @@ class Coordinator:
         assembler = Assembler(run=run, config=config, state=state, run_job=job, activity=activity, journal=journal, audits=audits,
                               push=None if self._push is None else pusher(run, state, self._push, self._private))  # fmt: skip
         self._journal, self._job, self._run, self._assembler = journal, job, run, assembler
-        uploads = Uploads(run.blobs, largest_shard(config.model), largest_checkpoint(config))
+        publication = Publication(run)
+        uploads = Uploads(
+            run.blobs, largest_shard(config.model), largest_checkpoint(config),
+            needed=lambda sha256: publication.made(sha256) or state.needs(sha256) or audits.needs(sha256))  # fmt: skip
         self._work = Work(run=run, state=state, assembler=assembler, uploads=uploads, run_job=job, activity=activity,
                           journal=journal, echo=(lambda _: None) if self._watched else self._echo, curves=curves)  # fmt: skip
         snapshots = Snapshots(config=config, run=run, state=state, activity=activity, curves=curves, clock=self._clock)
         self._desk = Desk(
             config=config, run=run, run_id=run.run_id, state=state, activity=activity, clock=self._clock,
-            publication=Publication(run), uploads=uploads, note=journal.event, quotas=Quotas(self._limits), curves=curves,
+            publication=publication, uploads=uploads, note=journal.event, quotas=Quotas(self._limits), curves=curves,
             snapshots=snapshots, credentials=credentials, audits=audits)  # fmt: skip
 
     def _page(self) -> Dashboard | None:

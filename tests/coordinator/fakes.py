@@ -138,8 +138,9 @@ class FakeJobs:
         for partition in range(CONFIG.model.n_experts):
             # Three chunks and a bit, so that a download has offsets to go on from.
             train = _blob(run, bytes([partition]) * (3 * CHUNK_BYTES + 17))
+            held_out = {split: _blob(run, f"{split} {partition}".encode()) for split in ("validation", "test")}
             facts["partitions"].append({"partition": partition, "tokens": 1000 + partition, "documents": 10,
-                                        "train": train, "shared_loss": 3.5})  # fmt: skip
+                                        "train": train, "shared_loss": 3.5, **held_out})  # fmt: skip
         return facts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 import json
 import threading
@@ -13,6 +13,7 @@ from typing import Any
 
 from click.testing import CliRunner
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modularforge.v1 import admin_pb2, admin_pb2_grpc
 from modularforge.v1 import fleet_pb2 as pb
 import pytest
@@ -275,7 +276,7 @@ def test_bytes_on_their_way_are_bounded_by_node(make_world: Callable[[], World])
     assert float(dict(error.trailing_metadata())[RETRY_HEADER]) == 7.0
     assert sha256_of(other.fetch(sha256)) == sha256
     running.cancel()
-    until(lambda: _fetched(node, sha256))
+    until(lambda: _works(lambda: node.fetch(sha256)))
 
 
 def test_transfers_leave_threads_for_small_calls(make_world: Callable[[], World]) -> None:
@@ -292,12 +293,78 @@ def test_transfers_leave_threads_for_small_calls(make_world: Callable[[], World]
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "busy with 1 transfers" in error.details()
     assert float(dict(error.trailing_metadata())[RETRY_HEADER]) == 7.0
     running.cancel()
-    until(lambda: _fetched(other, sha256))
+    until(lambda: _works(lambda: other.fetch(sha256)))
 
 
-def _fetched(node: FakeNode, sha256: str) -> bool:
+def test_one_node_has_a_few_of_all_transfers(world: World) -> None:
+    node, other = world.node("greedy"), world.node("modest")
+    request = pb.FetchBlobRequest(sha256=node.lease(1).expert.train_tokens.sha256)
+    running: list[Any] = [node.stub.FetchBlob(request, metadata=node.metadata) for _ in range(Limits().own_transfers)]
+    for call in running:
+        next(call)
+    assert "has 4 transfers under way" in refusal(lambda: node.fetch(request.sha256))[2]
+    assert sha256_of(other.fetch(request.sha256)) == request.sha256
+    for call in running:
+        call.cancel()
+    until(lambda: _works(lambda: node.fetch(request.sha256)))
+
+
+@contextmanager
+def silent(node: FakeNode, method: str, metadata: Any, number: int) -> Iterator[list[Any]]:
+    """So many calls that begin and never send their message."""
+    over = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        over.wait()
+        yield from ()
+
+    begin: Any = node.channel.stream_unary(f"/modularforge.v1.FleetService/{method}", None, None)
+    calls: list[Any] = [begin.future(never(), metadata=metadata) for _ in range(number)]
     try:
-        return sha256_of(node.fetch(sha256)) == sha256
+        yield calls
+    finally:
+        for call in calls:
+            call.cancel()
+        over.set()
+
+
+@pytest.mark.parametrize("method", ["Upload", "FetchBlob", "Heartbeat", "Join"])
+def test_one_node_has_a_few_of_all_threads(world: World, method: str) -> None:
+    node, other, most = world.node("silent"), world.node("loud"), Limits().calls
+    with silent(node, method, node.joining if method == "Join" else node.metadata, 3 * most) as calls:
+        until(lambda: sum(call.done() for call in calls) == 2 * most)
+        refused = [call.exception() for call in calls if call.done()]
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert all(float(dict(error.trailing_metadata())[RETRY_HEADER]) == 5.0 for error in refused)
+        assert "has 8 calls that are not answered yet" in refusal(node.ask)[2] and other.ask()
+    until(lambda: _works(node.ask))
+
+
+def test_who_was_invited_and_does_not_join_keeps_nobody_else_out(make_world: Callable[[], World]) -> None:
+    """Keys cost nothing: those that came with one invitation are counted together."""
+    world = make_world()
+    world.start(limits=Limits(joins=2))
+    world.node("first")
+    invitation = invite(world.root, uses=100)
+    nodes = [stranger(world, f"n{number}", invitation) for number in range(4)]
+    with ExitStack() as all_of_them:
+        calls = [call for node in nodes for call in all_of_them.enter_context(silent(node, "Join", node.joining, 1))]
+        until(lambda: sum(call.done() for call in calls) == 2)
+        assert "This invitation has 2 calls" in refusal(stranger(world, "late", invitation).join)[2]
+        assert stranger(world, "other").join() and world.nodes[0].join()
+    late = stranger(world, "late", invitation)
+    until(lambda: _works(late.join))
+
+
+def test_only_what_nodes_and_operators_call_is_offered(world: World) -> None:
+    node = world.node("laptop")
+    watch = health_pb2_grpc.HealthStub(node.channel).Watch(health_pb2.HealthCheckRequest(), metadata=node.metadata)
+    assert refusal(lambda: next(watch))[0] == grpc.StatusCode.UNIMPLEMENTED
+
+
+def _works(call: Callable[[], object]) -> bool:
+    try:
+        return bool(call())
     except grpc.RpcError:
         return False
 

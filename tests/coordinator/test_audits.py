@@ -165,6 +165,18 @@ def test_a_file_of_the_run_is_no_checkpoint_and_stays(world: World) -> None:
     assert world.run.blobs.has(shared)
 
 
+def test_what_an_audit_waits_with_is_needed_until_its_verdict(world: World) -> None:
+    node = world.node("laptop")
+    assignment, commit = hand_in(world, node, 1)
+    wanted, desk = commit().wanted, world.coordinator._desk  # type: ignore[union-attr]
+    assert all(desk.uploads._needed(sha256) for sha256 in wanted) and not desk.uploads._needed("0" * 64)
+    for data in KEPT.values():
+        if sha256_of(data) in wanted:
+            show(node, assignment.lease_id, data)
+    assert decided(commit).verdict == ACCEPTED
+    assert not any(desk.uploads._needed(sha256) for sha256 in wanted)
+
+
 def test_checkpoints_that_nobody_asked_for_are_not_taken(world: World) -> None:
     node = world.node("laptop")
     assignment = node.lease(1)

@@ -134,6 +134,37 @@ def test_a_lease_has_one_upload(uploads: Uploads, store: BlobStore) -> None:
     assert not list((store.directory / "incoming").glob(f"{SHA}*"))
 
 
+def test_what_a_lease_finished_makes_way_as_well(store: BlobStore) -> None:
+    needed: set[str] = set()
+    uploads = Uploads(store, largest=1 << 20, needed=needed.__contains__)
+    finished = [b"first", b"second", b"third"]
+    for data in finished:
+        uploads.open(lease(), sha256_of(data), len(data))
+        uploads.write(sha256_of(data), 0, [data])
+        needed |= {sha256_of(data)} if data == b"second" else set()
+    assert [store.has(sha256_of(data)) for data in finished] == [False, True, True]
+    uploads.open(lease(1), sha256_of(b"third"), 5)  # Another lease brings the same.
+    uploads.open(lease(), SHA, len(DATA))
+    uploads.discard("0", sha256_of(b"third"))
+    assert store.has(sha256_of(b"third"))
+    uploads.discard("1", sha256_of(b"third"))
+    assert not store.has(sha256_of(b"third"))
+
+
+def test_a_stream_whose_upload_was_dropped_does_not_finish_another_ones_part(uploads: Uploads, store: BlobStore) -> None:
+    def interrupted() -> Iterator[bytes]:
+        yield DATA
+        uploads.open(lease(), sha256_of(b"other"), 5)
+        uploads.open(lease(), SHA, len(DATA))
+        uploads.write(SHA, 0, [DATA[:-1]])
+        (store.directory / "incoming" / f"{SHA}.part").write_bytes(bytes(len(DATA)))
+
+    uploads.open(lease(), SHA, len(DATA))
+    with pytest.raises(UploadInterruptedError, match="dropped"):
+        uploads.write(SHA, 0, interrupted())
+    assert not store.has(SHA)
+
+
 def test_no_path_leaves_the_directory(uploads: Uploads) -> None:
     with pytest.raises(StorageError):
         uploads.open(lease(), "../" * 20 + "etcx", 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 import json
+from pathlib import Path
 import threading
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from coordinator.blobs import MAX_UPLOADS
 from forge.errors import StorageError, TrainingError
 from forge.model import names
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION
@@ -86,6 +88,18 @@ def test_a_blob_is_read_from_any_offset_but_only_if_it_is_published(world: World
     hidden = world.run.blobs.adopt(secret)
     for sha256 in (hidden, "../run.json", ""):
         assert refusal(partial(node.fetch, sha256))[0] == grpc.StatusCode.NOT_FOUND
+
+
+def test_nobody_reads_the_documents_that_shards_are_judged_by(world: World) -> None:
+    node, published = world.node("laptop"), world.run.marker("publish")
+    assert published is not None
+    work = node.lease(1).expert
+    for blob in (work.shared, work.shared_ffn, work.train_tokens):
+        assert sha256_of(node.fetch(blob.sha256)) == blob.sha256
+    held_out = [part[split] for part in published["partitions"] for split in ("validation", "test")]
+    for blob in (*held_out, published["router"], published["shared_with_context"]):
+        assert world.run.blobs.has(blob["sha256"])
+        assert refusal(partial(node.fetch, blob["sha256"]))[0] == grpc.StatusCode.NOT_FOUND
 
 
 def test_the_whole_way_of_a_shard(world: World) -> None:
@@ -311,13 +325,42 @@ def test_what_is_no_checkpoint_is_refused_and_not_kept(world: World) -> None:
         _, code, sentence = refusal(lambda data=data: leave(node, lease.lease_id, data))  # type: ignore[misc]
         assert code == "shard" and words in sentence, sentence
         assert not world.run.blobs.has(sha256_of(data))
-    published = lease.expert.shared.sha256  # A file of the run that somebody calls a checkpoint stays.
-    release = pb.ReleaseRequest(lease_id=lease.lease_id, checkpoint_sha256=published)
-    assert refusal(lambda: node.stub.Release(release, metadata=node.metadata))[1] == "shard"
-    assert world.run.blobs.has(published)
     large = pb.OpenUploadRequest(lease_id=lease.lease_id, sha256="0" * 64, size=1 << 30, checkpoint=True)
     assert "A checkpoint of this run has at most" in refusal(lambda: node.stub.OpenUpload(large, metadata=node.metadata))[2]
     assert node.heartbeat(lease.lease_id) == CONTINUE
+
+
+def blobs(world: World) -> set[Path]:
+    return {path for path in world.run.blobs.directory.iterdir() if path.is_file()}
+
+
+def test_a_file_of_the_run_that_somebody_calls_a_checkpoint_stays(world: World) -> None:
+    node, made = world.node("hostile"), {path.name for path in blobs(world)}
+    lease_id = node.lease(0).lease_id
+    assert len(made) == 4 + 3 * CONFIG.model.n_experts
+    for sha256 in made:
+        opened = pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256, size=1000, checkpoint=True)
+        assert node.stub.OpenUpload(opened, metadata=node.metadata).offset == 1000
+        release = pb.ReleaseRequest(lease_id=lease_id, checkpoint_sha256=sha256)
+        assert refusal(lambda release=release: node.stub.Release(release, metadata=node.metadata))[1] == "shard"  # type: ignore[misc]
+    assert {path.name for path in blobs(world)} == made
+
+
+def test_a_node_cannot_fill_the_disk_with_uploads_that_it_does_not_hand_in(world: World) -> None:
+    node, before = world.node("hostile"), blobs(world)
+    lease, shards = node.lease(0), [make_shard(world.run, 0, seed) for seed in range(4)]
+    for shard in shards:
+        node.open(lease.lease_id, shard)
+        node.send(lease.lease_id, shard)
+    assert {path.name for path in blobs(world) - before} == {sha256_of(shards[-1])}
+    assert node.verdict(lease, shards[-1], world.run_id).verdict == ACCEPTED
+    for number in range(4):  # Of a lease each, and of two leases that are left once the last one is left.
+        lease_id, data = node.lease(1).lease_id, checkpoint(changed={"number": np.full(1, number)})
+        opened = pb.OpenUploadRequest(lease_id=lease_id, sha256=sha256_of(data), size=len(data), checkpoint=True)
+        node.stub.OpenUpload(opened, metadata=node.metadata)
+        node.send(lease_id, data)
+        node.stub.Release(pb.ReleaseRequest(lease_id=lease_id), metadata=node.metadata)
+    assert len(blobs(world) - before) == 1 + MAX_UPLOADS and world.run.blobs.has(sha256_of(shards[-1]))
 
 
 def test_the_health_service_is_on(world: World) -> None:
