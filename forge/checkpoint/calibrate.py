@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy.typing as npt
 from safetensors import safe_open
@@ -35,10 +35,10 @@ from forge.data.tokens import TokenFile
 from forge.errors import storage_errors
 from forge.files import atomic_file, hash_file
 from forge.model.moe import MixtureLM
+from forge.model.names import FINAL_NORM
 from forge.train.memory import CHUNK_POSITIONS
 from forge.vocabulary import CHUNK_BYTES, SHARED_FILE
 
-FINAL_NORM: Final = "model.norm.weight"
 #: A model that needs more than this is broken in another way than sharpness.
 SMALLEST_SCALE, LARGEST_SCALE = 0.5, 2.0
 

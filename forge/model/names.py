@@ -12,12 +12,14 @@ from forge.config import ModelConfig
 Shape = tuple[int, ...]
 MATRICES = ("w1", "w2", "w3")
 EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 
 
 def shared_tensors(model: ModelConfig) -> dict[str, Shape]:
     """Embedding, attention, norms and (untied) LM head, with their shapes."""
     d, heads, kv = model.d_model, model.n_heads * model.head_dim, model.kv_heads * model.head_dim
-    tensors: dict[str, Shape] = {EMBEDDING: (model.vocab_size, d), "model.norm.weight": (d,)}
+    tensors: dict[str, Shape] = {EMBEDDING: (model.vocab_size, d), FINAL_NORM: (d,)}
     for layer in range(model.n_layers):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = (d,)
@@ -27,7 +29,7 @@ def shared_tensors(model: ModelConfig) -> dict[str, Shape]:
         tensors[f"{prefix}.self_attn.v_proj.weight"] = (kv, d)
         tensors[f"{prefix}.self_attn.o_proj.weight"] = (d, heads)
     if not model.tie_embeddings:
-        tensors["lm_head.weight"] = (model.vocab_size, d)
+        tensors[HEAD] = (model.vocab_size, d)
     return tensors
 
 

@@ -173,10 +173,10 @@ def _tensors(config: ModelConfig, model_dir: Path) -> Iterator[GgufTensor]:
         return GgufTensor(name, shape, lambda: np.stack([read(part) for part in parts]), "q8_0")
 
     # What the router needs to know (forge.router.context) is tiny there and in o_proj: 8 bits would lose it.
-    yield one("token_embd.weight", "model.embed_tokens.weight", "f16")
-    yield one("output_norm.weight", "model.norm.weight", "f32")
+    yield one("token_embd.weight", names.EMBEDDING, "f16")
+    yield one("output_norm.weight", names.FINAL_NORM, "f32")
     if not config.tie_embeddings:
-        yield one("output.weight", "lm_head.weight")
+        yield one("output.weight", names.HEAD)
     for layer in range(config.n_layers):
         ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
         yield one(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight", "f32")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import torch
 
 from forge.checkpoint.assembly import accept, calibration, start
-from forge.checkpoint.calibrate import FINAL_NORM, calibrate
+from forge.checkpoint.calibrate import calibrate
 from forge.checkpoint.shard import write_shard
 from forge.data.tokens import TokenWriter
 from forge.evaluate.perplexity import document_losses
@@ -24,7 +24,7 @@ def sharp_run(root: Path, dtype: str, sharpness: float) -> RunDirectory:
     """A run whose final norm is `sharpness` times too large for the text that `write_text` makes of it."""
     run = publish_run(root, tiny_config(dtype=dtype))
     tensors = random_tensors(names.shared_tensors(run.config.model), 0, dtype)
-    tensors[FINAL_NORM] = (tensors[FINAL_NORM].float() * sharpness).to(tensors[FINAL_NORM].dtype)
+    tensors[names.FINAL_NORM] = (tensors[names.FINAL_NORM].float() * sharpness).to(tensors[names.FINAL_NORM].dtype)
     path = run.work / "shared.safetensors"
     write_shard(path, tensors, {})
     published = run.marker("publish")
@@ -61,8 +61,9 @@ def test_too_sharp_a_model_is_softened_once(tmp_path: Path, dtype: str) -> None:
     assert report["kept"] and report["after"] < report["before"] and 0.5 <= report["scale"] < 0.9
     after = load_file(run.model / SHARED_FILE)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {FINAL_NORM}
-    torch.testing.assert_close(after[FINAL_NORM].float(), before[FINAL_NORM].float() * report["scale"], atol=0, rtol=4e-3)
+    assert changed == {names.FINAL_NORM}
+    expected = before[names.FINAL_NORM].float() * report["scale"]
+    torch.testing.assert_close(after[names.FINAL_NORM].float(), expected, atol=0, rtol=4e-3)
 
     def losses() -> float:
         from forge.data.packing import evaluation_windows
