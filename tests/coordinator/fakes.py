@@ -126,7 +126,8 @@ class FakeJobs:
             return {"accepted": True, "reasons": [], "loss": 3.0, "shared_loss": 3.5, **verdict}
         arrived = json.loads((run.model / "model.safetensors.index.json").read_text())["metadata"]["experts_arrived"]
         return {"experts": len(arrived), "arrived": sorted(arrived), "mean_perplexity": 100.0 - len(arrived),
-                "pooled_perplexity": 99.0 - len(arrived), "contributions": [{"expert": expert, "nats": 0.25 * expert} for expert in arrived]}  # fmt: skip
+                "pooled_perplexity": 99.0 - len(arrived),
+                "contributions": [{"expert": expert, "nats": 0.25 * expert} for expert in arrived]}  # fmt: skip
 
     def _publish(self, run: RunDirectory) -> dict[str, Any]:
         _write_tokenizer(run.data)
