@@ -11,6 +11,8 @@ from typing import Any
 
 from forge.errors import ConfigError, NetworkError, ProtocolError, StorageError
 from forge.invitation import SERVER_NAME
+from forge.system import is_locked
+from forge.vocabulary import LOCK_FILE
 
 #: Seconds to wait for an answer; a coordinator answers from memory and a small database.
 ANSWER_SECONDS = 5.0
@@ -26,13 +28,18 @@ def find_run(run_dir: Path | None) -> Path:
     """
     if run_dir is not None:
         return run_dir
-    found = sorted(path.parent for path in Path("runs").glob(f"*/{INFO_FILE}"))
+    found = sorted(path.parent for path in Path("runs").glob(f"*/{INFO_FILE}") if is_running(path.parent))
     if not found:
         raise NetworkError("No coordinator runs in a directory below runs: start one with `forge-coordinator serve`, or "
                            "give its directory with --run-dir.")  # fmt: skip
     if len(found) > 1:
         raise ConfigError(f"Coordinators run in {', '.join(map(str, found))}: say which with --run-dir.")
     return found[0]
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a coordinator works in a run directory; one that was killed left its file there and holds no lock."""
+    return (run_dir / INFO_FILE).is_file() and is_locked(run_dir / LOCK_FILE)
 
 
 def read_info(run_dir: Path) -> dict[str, Any] | None:

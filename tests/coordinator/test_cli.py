@@ -11,7 +11,10 @@ import time
 from click.testing import CliRunner
 import pytest
 
+from coordinator.admin import INFO_FILE, find_run
 from coordinator.cli import main
+from forge.errors import NetworkError
+from forge.vocabulary import LOCK_FILE
 
 from .conftest import World
 from .fakes import make_shard, until
@@ -35,6 +38,21 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
         "last_rejection": [], "progress": None}  # fmt: skip
     assert answer["nodes"][0]["accepted"] == 1
     assert [row["mean_perplexity"] for row in answer["evaluations"]] == [100.0, 99.0]
+
+
+def test_a_coordinator_that_was_killed_does_not_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    killed = Path("runs", "killed")
+    killed.mkdir(parents=True)
+    Path("runs", "tiny").symlink_to(world.root)
+    left = (world.root / INFO_FILE).read_bytes()
+    (killed / INFO_FILE).write_bytes(left)
+    (killed / LOCK_FILE).touch()
+    assert find_run(None) == Path("runs", "tiny")
+    world.stop()
+    (world.root / INFO_FILE).write_bytes(left)
+    with pytest.raises(NetworkError, match="No coordinator runs"):
+        find_run(None)
 
 
 def test_the_command_starts_quickly_and_never_imports_torch() -> None:
