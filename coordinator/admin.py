@@ -12,28 +12,35 @@ from typing import Any
 from forge.errors import ConfigError, NetworkError, ProtocolError, StorageError
 from forge.invitation import SERVER_NAME
 from forge.system import is_locked
-from forge.vocabulary import LOCK_FILE
+from forge.vocabulary import DATABASE_FILE, LOCK_FILE
 
 #: Seconds to wait for an answer; a coordinator answers from memory and a small database.
 ANSWER_SECONDS = 5.0
 INFO_FILE, SECRET_FILE = "coordinator.json", "coordinator.secret"
 
 
-def find_run(run_dir: Path | None) -> Path:
+def find_run(run_dir: Path | None, *, running: bool = True) -> Path:
     """The run directory as given, else the one below `runs` that a coordinator works in.
 
+    Args:
+        run_dir: the --run-dir option.
+        running: whether a coordinator has to run; else, where none does, the one that a coordinator worked in is as good.
+
     Raises:
-        NetworkError: no coordinator works below `runs`.
-        ConfigError: several do.
+        NetworkError: there is none.
+        ConfigError: there are several.
     """
     if run_dir is not None:
         return run_dir
-    found = sorted(path.parent for path in Path("runs").glob(f"*/{INFO_FILE}") if is_running(path.parent))
+    served = sorted(path.parent for path in Path("runs").glob(f"*/{DATABASE_FILE}"))
+    found = [path for path in served if is_running(path)]
+    if not running and not found:
+        found = served
     if not found:
         raise NetworkError("No coordinator runs in a directory below runs: start one with `forge-coordinator serve`, or "
                            "give its directory with --run-dir.")  # fmt: skip
     if len(found) > 1:
-        raise ConfigError(f"Coordinators run in {', '.join(map(str, found))}: say which with --run-dir.")
+        raise ConfigError(f"{', '.join(map(str, found))} are coordinators' run directories: say which with --run-dir.")
     return found[0]
 
 

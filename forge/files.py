@@ -20,7 +20,7 @@ from forge.config import FREE_SECTIONS, RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.plain_yaml import read_yaml
 from forge.system import lock, sync_directory
-from forge.vocabulary import CHUNK_BYTES, LOCK_FILE
+from forge.vocabulary import CHUNK_BYTES, DATABASE_FILE, LOCK_FILE
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -198,7 +198,7 @@ class RunDirectory:
         self.work = root / "work"
         self.model = root / "model"
         self.reports = root / "reports"
-        self.database = root / "forge.db"
+        self.database = root / DATABASE_FILE
 
     @classmethod
     def open(cls, root: Path, config: RunConfig) -> RunDirectory:

@@ -33,6 +33,8 @@ REPOSITORY: Final = r"[\w.-]+/[\w.-]+"
 
 #: Held by the process that works in a run directory.
 LOCK_FILE: Final = "run.lock"
+#: What a coordinator adds to it.
+DATABASE_FILE: Final = "forge.db"
 #: What training goes on from, in its work directory.
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"
 

@@ -14,7 +14,7 @@ import pytest
 from coordinator.admin import INFO_FILE, find_run
 from coordinator.cli import main
 from forge.errors import NetworkError
-from forge.vocabulary import LOCK_FILE
+from forge.vocabulary import DATABASE_FILE, LOCK_FILE
 
 from .conftest import World
 from .fakes import make_shard, until
@@ -47,7 +47,8 @@ def test_a_coordinator_that_was_killed_does_not_run(world: World, tmp_path: Path
     Path("runs", "tiny").symlink_to(world.root)
     left = (world.root / INFO_FILE).read_bytes()
     (killed / INFO_FILE).write_bytes(left)
-    (killed / LOCK_FILE).touch()
+    for file in (LOCK_FILE, DATABASE_FILE):
+        (killed / file).touch()
     assert find_run(None) == Path("runs", "tiny")
     world.stop()
     (world.root / INFO_FILE).write_bytes(left)
