@@ -16,6 +16,8 @@ from forge.vocabulary import DATABASE_FILE, LOCK_FILE
 
 #: Seconds to wait for an answer; a coordinator answers from memory and a small database.
 ANSWER_SECONDS = 5.0
+#: What a node does while its progress counts bytes.
+TRANSFERS = ("downloading", "uploading")
 INFO_FILE, SECRET_FILE = "coordinator.json", "coordinator.secret"
 
 
@@ -123,6 +125,8 @@ def describe(status: dict[str, Any]) -> str:
         lines.append(f"node {node['name']}: {node['accepted']} accepted, {node['rejected']} rejected, last heard of "
                      f"{node['idle_seconds']:.0f} s ago")  # fmt: skip
     for node in status["snapshot"].get("contributors", ()):
+        if node["nats"] is None:
+            continue
         experts = ", ".join(f"{expert['partition']} ({_nats(expert['nats'])})" for expert in node["experts"])
         lines.append(f"contribution of {node['name']}: {_nats(node['nats'])} nats a token, by expert {experts}")
     for point in status["evaluations"]:
@@ -133,7 +137,7 @@ def describe(status: dict[str, Any]) -> str:
 
 def _partition_line(partition: dict[str, Any]) -> str:
     progress = partition.get("progress") or {}
-    steps = int(progress.get("steps", 0))
+    steps = 0 if progress.get("activity") in TRANSFERS else int(progress.get("steps", 0))
     step = f"{int(progress['step']):,}/{steps:,}" if steps else "-"
     rejected = f"  (last rejected: {'; '.join(partition['last_rejection'])})" if partition["last_rejection"] else ""
     return (f"{partition['partition']:>6}  {partition['state']:9} {int(partition['tokens']):>13,}  "

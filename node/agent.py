@@ -217,6 +217,8 @@ class Agent:
         """Train until the expert is finished or the lease ends, however often the owner wants the machine meanwhile."""
         trained = Trained(order=Order.FINISH)
         while self._stand_by(beats):
+            # Until it has imported torch and taken a step, the training process says nothing.
+            self._console.progress(f"partition {arguments['partition']}", Progress(activity="starting to train"))
             try:
                 trained = self._worker.train(arguments, work_dir, beats, self._predicted)
             except TrainingError as error:
