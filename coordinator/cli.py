@@ -162,8 +162,10 @@ def token() -> None:
 @report_errors()
 def token_create(run_dir: Path | None, qr: bool, uses: int, expires: str, name: str, addresses: tuple[str, ...]) -> None:
     """Print an invitation. Whoever has it can join; nobody can be shown it again."""
+    from coordinator.addresses import is_loopback
     from coordinator.admin import find_run
     from coordinator.invite import create_token, join_line
+    from forge.invitation import Invitation
 
     text, encrypted = create_token(find_run(run_dir, running=False), uses=uses, expires=expires, name=name, addresses=addresses)
     click.echo(text)
@@ -171,6 +173,9 @@ def token_create(run_dir: Path | None, qr: bool, uses: int, expires: str, name: 
     # On stderr, so that INVITATION=$(forge-coordinator token create) holds the string alone.
     click.echo(f"\non the machine that joins, once:\n\n  {line}\n\nor, where others may see the "
                f"list of processes:\n\n  FORGE_TOKEN={text} forge-node join{insecure}\n", err=True)  # fmt: skip
+    if all(is_loopback(address.rpartition(":")[0]) for address in Invitation.parse(text).addresses):
+        click.echo("Only this machine can use it: for others, start the coordinator with "
+                   f"--listen 0.0.0.0:{DEFAULT_PORT} and make another one.\n", err=True)  # fmt: skip
     if qr:
         import segno
 
