@@ -100,7 +100,8 @@ class Agent:
                 raise
             finally:
                 self._console.calm()
-                self._say_peak("agent", peak_resident_bytes(), LIGHT_MB["node"] * MB, None)
+                if self._named is not None:  # Who never joined reads the error alone.
+                    self._say_peak("agent", peak_resident_bytes(), LIGHT_MB["node"] * MB, None)
                 self._client.close()
 
     def _loop(self) -> None:
