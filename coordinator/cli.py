@@ -255,7 +255,10 @@ def events(run_dir: Path | None, follow: bool, as_json: bool) -> None:
 @click.pass_context
 @report_errors()
 def nodes(context: click.Context, run_dir: Path | None, as_json: bool) -> None:
-    """Show nodes and what they do; with a command, send them away."""
+    """Show nodes and what they do; with a command, send them away.
+
+    It is what a running coordinator knows now; `nodes list` needs none, and shows with which invitation each one came.
+    """
     if context.invoked_subcommand is None:
         _show("node_lines", lambda snapshot: snapshot["nodes"], run_dir, as_json)
 
@@ -277,7 +280,7 @@ def nodes_list(run_dir: Path | None) -> None:
 @_stopped_run_dir_option
 @report_errors()
 def nodes_revoke(name: str, drop_shards: bool, run_dir: Path | None) -> None:
-    """Refuse every further call of the node NAME (or its id); its lease is open again at once."""
+    """Refuse every further call of the node NAME (or its id). Its lease is open again at once."""
     from coordinator.admin import find_run
     from coordinator.invite import revoke_node
 
