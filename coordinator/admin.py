@@ -11,28 +11,44 @@ from typing import Any
 
 from forge.errors import ConfigError, NetworkError, ProtocolError, StorageError
 from forge.invitation import SERVER_NAME
+from forge.system import is_locked
+from forge.vocabulary import DATABASE_FILE, LOCK_FILE
 
 #: Seconds to wait for an answer; a coordinator answers from memory and a small database.
 ANSWER_SECONDS = 5.0
+#: What a node does while its progress counts bytes.
+TRANSFERS = ("downloading", "uploading")
 INFO_FILE, SECRET_FILE = "coordinator.json", "coordinator.secret"
 
 
-def find_run(run_dir: Path | None) -> Path:
+def find_run(run_dir: Path | None, *, running: bool = True) -> Path:
     """The run directory as given, else the one below `runs` that a coordinator works in.
 
+    Args:
+        run_dir: the --run-dir option.
+        running: whether a coordinator has to run; else, where none does, the one that a coordinator worked in is as good.
+
     Raises:
-        NetworkError: no coordinator works below `runs`.
-        ConfigError: several do.
+        NetworkError: there is none.
+        ConfigError: there are several.
     """
     if run_dir is not None:
         return run_dir
-    found = sorted(path.parent for path in Path("runs").glob(f"*/{INFO_FILE}"))
+    served = sorted(path.parent for path in Path("runs").glob(f"*/{DATABASE_FILE}"))
+    found = [path for path in served if is_running(path)]
+    if not running and not found:
+        found = served
     if not found:
         raise NetworkError("No coordinator runs in a directory below runs: start one with `forge-coordinator serve`, or "
                            "give its directory with --run-dir.")  # fmt: skip
     if len(found) > 1:
-        raise ConfigError(f"Coordinators run in {', '.join(map(str, found))}: say which with --run-dir.")
+        raise ConfigError(f"{', '.join(map(str, found))} are coordinators' run directories: say which with --run-dir.")
     return found[0]
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a coordinator works in a run directory; one that was killed left its file there and holds no lock."""
+    return (run_dir / INFO_FILE).is_file() and is_locked(run_dir / LOCK_FILE)
 
 
 def read_info(run_dir: Path) -> dict[str, Any] | None:
@@ -109,6 +125,8 @@ def describe(status: dict[str, Any]) -> str:
         lines.append(f"node {node['name']}: {node['accepted']} accepted, {node['rejected']} rejected, last heard of "
                      f"{node['idle_seconds']:.0f} s ago")  # fmt: skip
     for node in status["snapshot"].get("contributors", ()):
+        if node["nats"] is None:
+            continue
         experts = ", ".join(f"{expert['partition']} ({_nats(expert['nats'])})" for expert in node["experts"])
         lines.append(f"contribution of {node['name']}: {_nats(node['nats'])} nats a token, by expert {experts}")
     for point in status["evaluations"]:
@@ -119,7 +137,7 @@ def describe(status: dict[str, Any]) -> str:
 
 def _partition_line(partition: dict[str, Any]) -> str:
     progress = partition.get("progress") or {}
-    steps = int(progress.get("steps", 0))
+    steps = 0 if progress.get("activity") in TRANSFERS else int(progress.get("steps", 0))
     step = f"{int(progress['step']):,}/{steps:,}" if steps else "-"
     rejected = f"  (last rejected: {'; '.join(partition['last_rejection'])})" if partition["last_rejection"] else ""
     return (f"{partition['partition']:>6}  {partition['state']:9} {int(partition['tokens']):>13,}  "

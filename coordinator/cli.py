@@ -82,9 +82,13 @@ def serve(overrides: tuple[str, ...], config: str, run_dir: Path | None, listen:
         sys.exit(INTERRUPTED)
 
 
-def _run_dir_option(command: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Directory of the run; default: "
-                        "the one below runs that a coordinator works in.")(command)  # fmt: skip
+def _run_dir(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--run-dir", type=click.Path(path_type=Path), default=None,
+                        help=f"Directory of the run; default: {default}.")  # fmt: skip
+
+
+_run_dir_option = _run_dir("the one below runs that a coordinator works in")
+_stopped_run_dir_option = _run_dir("the one below runs that a coordinator works in, or worked in where none does")
 
 
 def _json_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -105,7 +109,7 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("repo", metavar="USER/REPO")
-@_run_dir_option
+@_stopped_run_dir_option
 @click.option("--private", is_flag=True, help="Create the repository private.")
 @report_errors()
 def push(repo: str, run_dir: Path | None, private: bool) -> None:
@@ -115,7 +119,7 @@ def push(repo: str, run_dir: Path | None, private: bool) -> None:
     from forge.publish.publication import check_repository, publish
 
     check_repository(repo)
-    run = RunDirectory(find_run(run_dir))
+    run = RunDirectory(find_run(run_dir, running=False))
     if not (run.model / INDEX_FILE).is_file():
         raise StorageError(f"{run.root} has no model yet: a coordinator makes it there once its run is prepared.")
     click.echo(publish(run.model, repo, private=private))
@@ -148,7 +152,7 @@ def token() -> None:
 
 
 @token.command("create")
-@_run_dir_option
+@_stopped_run_dir_option
 @click.option("--qr", is_flag=True, help="Show the line to type as a QR code, too.")
 @click.option("--uses", type=click.IntRange(1, 10_000), default=1, show_default=True, help="How many nodes it lets in.")
 @click.option("--expires", default="7d", show_default=True, metavar="TIME", help="How long: 90m, 12h, 7d or 2w.")
@@ -158,15 +162,20 @@ def token() -> None:
 @report_errors()
 def token_create(run_dir: Path | None, qr: bool, uses: int, expires: str, name: str, addresses: tuple[str, ...]) -> None:
     """Print an invitation. Whoever has it can join; nobody can be shown it again."""
+    from coordinator.addresses import is_loopback
     from coordinator.admin import find_run
     from coordinator.invite import create_token, join_line
+    from forge.invitation import Invitation
 
-    text, encrypted = create_token(find_run(run_dir), uses=uses, expires=expires, name=name, addresses=addresses)
+    text, encrypted = create_token(find_run(run_dir, running=False), uses=uses, expires=expires, name=name, addresses=addresses)
     click.echo(text)
     line, insecure = join_line(text, encrypted), "" if encrypted else " --insecure"
     # On stderr, so that INVITATION=$(forge-coordinator token create) holds the string alone.
     click.echo(f"\non the machine that joins, once:\n\n  {line}\n\nor, where others may see the "
                f"list of processes:\n\n  FORGE_TOKEN={text} forge-node join{insecure}\n", err=True)  # fmt: skip
+    if all(is_loopback(address.rpartition(":")[0]) for address in Invitation.parse(text).addresses):
+        click.echo("Only this machine can use it: for others, start the coordinator with "
+                   f"--listen 0.0.0.0:{DEFAULT_PORT} and make another one.\n", err=True)  # fmt: skip
     if qr:
         import segno
 
@@ -174,26 +183,26 @@ def token_create(run_dir: Path | None, qr: bool, uses: int, expires: str, name: 
 
 
 @token.command("list")
-@_run_dir_option
+@_stopped_run_dir_option
 @report_errors()
 def token_list(run_dir: Path | None) -> None:
     """Show every invitation: its id, not the string."""
     from coordinator.admin import find_run
     from coordinator.invite import list_tokens
 
-    click.echo(list_tokens(find_run(run_dir)))
+    click.echo(list_tokens(find_run(run_dir, running=False)))
 
 
 @token.command("revoke")
 @click.argument("invitation", metavar="ID")
-@_run_dir_option
+@_stopped_run_dir_option
 @report_errors()
 def token_revoke(invitation: str, run_dir: Path | None) -> None:
     """Let nobody else in with an invitation."""
     from coordinator.admin import find_run
     from coordinator.invite import revoke_token
 
-    click.echo(revoke_token(find_run(run_dir), invitation))
+    click.echo(revoke_token(find_run(run_dir, running=False), invitation))
 
 
 def _show(lines: str, values: Callable[[dict[str, Any]], Any], run_dir: Path | None, as_json: bool) -> None:
@@ -226,7 +235,7 @@ def partitions(run_dir: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@_run_dir_option
+@_stopped_run_dir_option
 @click.option("--follow", is_flag=True, help="Go on with what happens, also when the coordinator is started anew.")
 @_json_option
 @report_errors()
@@ -236,7 +245,7 @@ def events(run_dir: Path | None, follow: bool, as_json: bool) -> None:
     from coordinator.listing import event_line
     from coordinator.listing import events as read
 
-    for line in read(find_run(run_dir), follow=follow):
+    for line in read(find_run(run_dir, running=False), follow=follow):
         click.echo(line if as_json else event_line(line))
 
 
@@ -246,33 +255,36 @@ def events(run_dir: Path | None, follow: bool, as_json: bool) -> None:
 @click.pass_context
 @report_errors()
 def nodes(context: click.Context, run_dir: Path | None, as_json: bool) -> None:
-    """Show nodes and what they do; with a command, send them away."""
+    """Show nodes and what they do; with a command, send them away.
+
+    It is what a running coordinator knows now; `nodes list` needs none, and shows with which invitation each one came.
+    """
     if context.invoked_subcommand is None:
         _show("node_lines", lambda snapshot: snapshot["nodes"], run_dir, as_json)
 
 
 @nodes.command("list")
-@_run_dir_option
+@_stopped_run_dir_option
 @report_errors()
 def nodes_list(run_dir: Path | None) -> None:
     """Show every node that ever joined."""
     from coordinator.admin import find_run
     from coordinator.invite import list_nodes
 
-    click.echo(list_nodes(find_run(run_dir)))
+    click.echo(list_nodes(find_run(run_dir, running=False)))
 
 
 @nodes.command("revoke")
 @click.argument("name")
 @click.option("--drop-shards", is_flag=True, help="Take its accepted experts out of the model as well.")
-@_run_dir_option
+@_stopped_run_dir_option
 @report_errors()
 def nodes_revoke(name: str, drop_shards: bool, run_dir: Path | None) -> None:
-    """Refuse every further call of the node NAME (or its id); its lease is open again at once."""
+    """Refuse every further call of the node NAME (or its id). Its lease is open again at once."""
     from coordinator.admin import find_run
     from coordinator.invite import revoke_node
 
-    click.echo(revoke_node(find_run(run_dir), name, drop_shards=drop_shards))
+    click.echo(revoke_node(find_run(run_dir, running=False), name, drop_shards=drop_shards))
 
 
 if __name__ == "__main__":

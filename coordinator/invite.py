@@ -1,11 +1,13 @@
 """What the operator does to invitations and nodes, with or without a coordinator that runs.
 
-It works on the run's database, which a running coordinator asks at every call, so everything holds at once.
+It works on the run's database, which a running coordinator asks at every call, so everything holds at once. The model is the
+coordinator's; where none runs, this takes experts out itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 import re
@@ -13,13 +15,13 @@ import secrets
 import sys
 import time
 
-from coordinator.admin import read_info
+from coordinator.admin import is_running, read_info
 from coordinator.authority import Authority
 from coordinator.journal import Journal
 from coordinator.records import InvitationRecord, NodeRecord
 from coordinator.state import State
 from forge.errors import ConfigError, StorageError
-from forge.files import RunDirectory
+from forge.files import RunDirectory, claimed
 from forge.invitation import SECRET_BYTES, Invitation, is_address
 
 #: Characters of an invitation's name, as of a node's.
@@ -113,10 +115,11 @@ def revoke_node(run_dir: Path, name: str, *, drop_shards: bool) -> str:
     Args:
         run_dir: the run directory.
         name: its name, or its id where several have the name.
-        drop_shards: take its accepted shards out of the model as well.
+        drop_shards: take its accepted shards out of the model as well; a coordinator that runs does that by itself.
 
     Raises:
         ConfigError: there is no such node, or there are several.
+        StorageError: with `drop_shards`, `forge run` works in the directory, or the model cannot be written.
     """
     state = _state(run_dir)
     try:
@@ -128,14 +131,26 @@ def revoke_node(run_dir: Path, name: str, *, drop_shards: bool) -> str:
             raise ConfigError(f"{len(found)} nodes are called {name!r}: give the id of one instead ("
                               f"{', '.join(node.id for node in found)}).")  # fmt: skip
         (node,) = found
-        dropped = state.revoke(node.id, drop_shards=drop_shards)
+        alone = drop_shards and not is_running(run_dir)
+        with claimed(run_dir) if alone else nullcontext():
+            dropped = state.revoke(node.id, drop_shards=drop_shards)
+            _note(run_dir, "revoked", node_id=node.id, name=node.name, dropped=dropped)
+            if alone:
+                _take_out(RunDirectory(run_dir), dropped)
     finally:
         state.close()
-    _note(run_dir, "revoked", node_id=node.id, name=node.name, dropped=dropped)
     if not drop_shards:
         return f"{node.name} is revoked; its {node.accepted} accepted shards stay (--drop-shards takes them out)"
-    which = f"experts {', '.join(map(str, dropped))} leave the model and are trained anew" if dropped else "it had none"
+    which = (f"experts {', '.join(map(str, dropped))} leave the model and are trained anew" if len(dropped) > 1 else
+             f"expert {dropped[0]} leaves the model and is trained anew" if dropped else "it had none")  # fmt: skip
     return f"{node.name} is revoked with its accepted shards: {which}"
+
+
+def _take_out(run: RunDirectory, partitions: Sequence[int]) -> None:
+    from forge.checkpoint import assembly  # It imports NumPy, which invitations do without.
+
+    for partition in assembly.placed(run.model).keys() & set(partitions):
+        assembly.withdraw(run, partition)
 
 
 def _token_line(row: InvitationRecord) -> str:

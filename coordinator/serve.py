@@ -316,6 +316,9 @@ class Coordinator:
         self._echo(f"coordinating {self._config.name!r} in {run.root}, listening on {self.address}{ca}")
         if self._insecure:
             self._echo("WARNING: nothing is encrypted (--insecure): whoever is on the line can read and change everything")
+        host, _, port = self.address.rpartition(":")
+        if is_loopback(host) and not self._insecure:
+            self._echo(f"only this machine can join: start with --listen 0.0.0.0:{port} for others")
         if invitation:
             self._echo(f"to send to a friend (a secret; good {self._invite} times in {INVITED_FOR}):  {invitation}")
         self._echo(f"to invite a machine:  forge-coordinator token create --run-dir {shlex.quote(str(run.root))}")

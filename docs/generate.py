@@ -50,6 +50,7 @@ _WORDS = {
     "USES": "how many nodes an invitation lets in",
     "[OPTIONS OF JOIN]": "the options of `forge-node join`, but for an invitation",
     "ID": "what `forge-coordinator token list` shows",
+    "[COMMAND] [ARGS]": "one of the commands below, with its options",
     "NAME": "what `forge-coordinator nodes list` shows: a node's name or id",
 }
 _PLAIN = {"DIRECTORY", "FILE", "FLOAT", "INTEGER", "PATH", "TEXT"}
@@ -113,10 +114,10 @@ def _program(name: str, group: click.Group, seen: dict[str, None]) -> Iterator[s
 def _commands(group: click.Group, context: click.Context) -> Iterator[tuple[click.Command, click.Context]]:
     for name, command in group.commands.items():
         below = click.Context(command, info_name=name, parent=context)
+        if not isinstance(command, click.Group) or command.invoke_without_command:
+            yield command, below
         if isinstance(command, click.Group):
             yield from _commands(command, below)
-        else:
-            yield command, below
 
 
 def _option_row(option: click.Option, context: click.Context, seen: dict[str, None]) -> str:

@@ -20,7 +20,7 @@ from forge.config import FREE_SECTIONS, RunConfig, parse_config
 from forge.errors import ForgeError, RunMismatchError, StorageError, storage_errors
 from forge.plain_yaml import read_yaml
 from forge.system import lock, sync_directory
-from forge.vocabulary import CHUNK_BYTES
+from forge.vocabulary import CHUNK_BYTES, DATABASE_FILE, LOCK_FILE
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -198,7 +198,7 @@ class RunDirectory:
         self.work = root / "work"
         self.model = root / "model"
         self.reports = root / "reports"
-        self.database = root / "forge.db"
+        self.database = root / DATABASE_FILE
 
     @classmethod
     def open(cls, root: Path, config: RunConfig) -> RunDirectory:
@@ -299,8 +299,8 @@ def claimed(root: Path) -> Iterator[None]:
     root = root.absolute()
     missing = [path for path in (root, *root.parents) if not path.exists()]
     before = {path.name for path in root.iterdir()} if root.is_dir() else set()
-    with exclusive(root / "run.lock", f"Another forge or forge-coordinator works in {root}: wait for it or stop it, or "
-                                      "choose another run directory."):  # fmt: skip
+    with exclusive(root / LOCK_FILE, f"Another forge or forge-coordinator works in {root}: wait for it or stop it, or "
+                                     "choose another run directory."):  # fmt: skip
         try:
             yield
         except BaseException as error:

@@ -134,6 +134,13 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock on a file; one that was killed has none any more."""
+    with suppress(OSError), open(path, "r+b") as file:
+        return not lock(file.fileno())
+    return False
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in a directory durable, where the system can open directories (not on Windows)."""
     if os.name != "posix":

@@ -31,6 +31,10 @@ END_OF_TEXT_ID: Final = 0
 #: What a repository of the Hub is called: USER/REPO.
 REPOSITORY: Final = r"[\w.-]+/[\w.-]+"
 
+#: Held by the process that works in a run directory.
+LOCK_FILE: Final = "run.lock"
+#: What a coordinator adds to it.
+DATABASE_FILE: Final = "forge.db"
 #: What training goes on from, in its work directory.
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"
 

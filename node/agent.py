@@ -100,7 +100,8 @@ class Agent:
                 raise
             finally:
                 self._console.calm()
-                self._say_peak("agent", peak_resident_bytes(), LIGHT_MB["node"] * MB, None)
+                if self._named is not None:  # Who never joined reads the error alone.
+                    self._say_peak("agent", peak_resident_bytes(), LIGHT_MB["node"] * MB, None)
                 self._client.close()
 
     def _loop(self) -> None:
@@ -217,6 +218,8 @@ class Agent:
         """Train until the expert is finished or the lease ends, however often the owner wants the machine meanwhile."""
         trained = Trained(order=Order.FINISH)
         while self._stand_by(beats):
+            # Until it has imported torch and taken a step, the training process says nothing.
+            self._console.progress(f"partition {arguments['partition']}", Progress(activity="starting to train"))
             try:
                 trained = self._worker.train(arguments, work_dir, beats, self._predicted)
             except TrainingError as error:

@@ -55,7 +55,7 @@ def parse_address(text: str) -> str:
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="modularforge", prog_name="forge-node")
 def main() -> None:
     """Train experts of a shared model on this machine."""
@@ -181,7 +181,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
 @_data_dir_option
 @report_errors()
 def pause(duration: str | None, data_dir: Path | None) -> None:
-    """Have the node that runs here stop training, and keep its lease."""
+    """Have the node here stop training and keep its lease."""
     _tell(data_dir, {"do": "pause", "seconds": None if duration is None else parse_duration(duration)})
 
 
@@ -199,7 +199,7 @@ def resume(data_dir: Path | None) -> None:
 @_data_dir_option
 @report_errors()
 def finish(now: bool, data_dir: Path | None) -> None:
-    """Have the node that runs here hand in its current expert, then leave."""
+    """Have the node here hand in its expert, then leave."""
     _tell(data_dir, {"do": "finish", "now": now})
 
 
@@ -208,7 +208,7 @@ def finish(now: bool, data_dir: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
 def status(data_dir: Path | None, as_json: bool) -> None:
-    """Show what the node that runs here does, and what it waits for."""
+    """Show what the node here does, and what it waits for."""
     _tell(data_dir, {"do": "status"}, as_json)
 
 
@@ -220,7 +220,7 @@ def status(data_dir: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @report_errors()
 def doctor(where: str | None, token: str | None, data_dir: Path | None, insecure: int, as_json: bool) -> None:
-    """Check whether this machine can work for a coordinator, and say what to mend. Nothing is joined."""
+    """Check whether this machine can work for a coordinator. It says what to mend; nothing is joined."""
     from dataclasses import asdict
 
     from node.doctor import describe, examine
@@ -242,12 +242,14 @@ def doctor(where: str | None, token: str | None, data_dir: Path | None, insecure
 @click.option("--uninstall", is_flag=True, help="Remove the service's file.")
 @report_errors()
 def install_service(options: tuple[str, ...], uninstall: bool) -> None:
-    """Write a systemd service of yours that runs `forge-node join` with these options. It starts nothing by itself.
+    """Write a systemd service that runs `forge-node join`. It is yours, with these options; nothing is started.
 
     The node must have joined once: the service takes no invitation, which would stand in its file for everybody to read.
     """
     from node import service
     from node.link import BOOK_FILE
+    from node.machine import MachineProfile
+    from node.preferences import Preferences, load_preferences
 
     if uninstall:
         click.echo(f"Removed {service.uninstall()}. What still runs ends with:  systemctl --user stop {service.UNIT_NAME}")
@@ -255,9 +257,14 @@ def install_service(options: tuple[str, ...], uninstall: bool) -> None:
     context = join.make_context("forge-node join", list(options))
     given = context.params
     here = (given["data_dir"] or default_data_dir()).resolve()
-    if given["where"] or given["token"] or not (here / BOOK_FILE).is_file():
-        raise ConfigError("A service takes no invitation and no address: join once with `forge-node join INVITATION "
-                          f"--data-dir {here}`, stop it, and leave them out here.")  # fmt: skip
+    join_once = f"join once with `forge-node join INVITATION --data-dir {here}`, stop it, and"
+    if given["where"] or given["token"]:
+        raise ConfigError(f"A service takes no invitation and no address: {join_once} leave them out here.")
+    if not (here / BOOK_FILE).is_file():
+        raise ConfigError(f"This node has not joined a coordinator before: {join_once} run the same command again.")
+    limits = {name.replace("_", "-"): value for name, value in given.items() if name in Preferences.model_fields}
+    preferences = load_preferences(given["config"], here, limits)
+    MachineProfile.measure(preferences.device).check_ram(preferences.ram or 0)
     typed = [option for option in join.params if isinstance(option, click.Option) and option.name != "data_dir"
              and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE]  # fmt: skip
     words = [word for option in typed for word in _words(option, given[option.name])]

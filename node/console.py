@@ -104,7 +104,9 @@ class Console:
 def _facts(progress: Progress, budget: Budget | None) -> tuple[str, list[str]]:
     """How far it is, and what else is known."""
     if progress.activity != "training":
-        share = progress.step / progress.steps if progress.steps else 0.0
+        if not progress.steps:
+            return "", []
+        share = progress.step / progress.steps
         return f" {format_size(progress.step)} of {format_size(progress.steps)} ({share:.0%})", []
     facts = []
     if progress.loss:

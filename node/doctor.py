@@ -150,6 +150,11 @@ def _coordinator(link: Callable[[], Link]) -> Iterator[Finding]:
     except ForgeError as error:
         yield _refused(error)
         return
+    if not line.named:
+        yield Finding(what="coordinator", state="warning", found="this machine has not joined one yet", mend="Ask its operator "
+                      "for an invitation: `forge-node doctor INVITATION` tries the way there, `forge-node join INVITATION` "
+                      "joins.")  # fmt: skip
+        return
     try:
         channel = line.open()
     except (StalledError, ForgeError) as error:
@@ -167,7 +172,8 @@ def _coordinator(link: Callable[[], Link]) -> Iterator[Finding]:
                       "both sides.")  # fmt: skip
         return
     known = f"known by its CA {line.ca_fingerprint.hex()[:16]}" if line.ca_fingerprint else "not encrypted"
-    yield Finding(what="coordinator", state="ok", found=f"{line.address} answers, {known}")
+    unused = "; only joining tells whether the invitation is still good" if line.secret else ""
+    yield Finding(what="coordinator", state="ok", found=f"{line.address} answers, {known}{unused}")
 
 
 def _refused(error: Exception) -> Finding:

@@ -36,7 +36,7 @@ def inherit(assignment: Assignment, cache: Cache, client: FleetClient, config: R
             held.unlink()
         return say(f"What another node left of partition {partition} is of no use: {error}")
     cache.inherit(partition, path)
-    say(f"Another node left partition {partition} at step {step:,}.")
+    say(f"Partition {partition} was left at step {step:,}.")
 
 
 def hand_over(assignment: Assignment, cache: Cache, client: FleetClient, say: Callable[[str], None], on_bytes: OnBytes) -> bool:

@@ -61,6 +61,8 @@ class Link:
         self._invitation, self._insecure, self._look = invitation, bool(insecure), look
         self._book = None if data_dir is None else data_dir / BOOK_FILE
         held = self._remembered()
+        #: Whether anything says which coordinator it is: not so on a machine that never joined and was told nothing.
+        self.named = bool(address or invitation or insecure or held)
         self._addresses: Sequence[str] = (
             [address] if address is not None else invitation.addresses if invitation is not None
             else held[0]["addresses"] if held else [otherwise])  # fmt: skip

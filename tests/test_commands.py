@@ -19,6 +19,12 @@ from tests.conftest import Road
 from tests.fakes.hub import fake_hub
 
 
+@pytest.mark.parametrize("program", ["forge", "forge-coordinator", "forge-node"])
+def test_the_help_of_a_program_is_not_cut_off(program: str, tmp_path: Path) -> None:
+    usage, *lines = worked(run(f"{program} -h", tmp_path)).out.splitlines()
+    assert usage.startswith("Usage:") and not [line for line in lines if line.endswith("...")], lines
+
+
 def test_what_is_finished_is_not_done_again(road: Road) -> None:
     before = tree(road.desk / "run")
     assert "tokens in run" in worked(run("forge prepare tiny.yaml --run-dir run", road.desk)).out

@@ -24,6 +24,7 @@ from coordinator.cli import main
 from coordinator.quotas import Limits
 from coordinator.serve import WORKERS
 from forge.checkpoint.assembly import is_placeholder
+from forge.files import claimed
 from forge.invitation import RETRY_HEADER, SECRET_HEADER, Invitation
 from forge.vocabulary import CHUNK_BYTES, PROTOCOL_VERSION, expert_file
 
@@ -204,11 +205,15 @@ def test_shards_are_dropped_while_no_coordinator_runs(make_world: Callable[[], W
     hand_in(world, bad, 1)
     until(lambda: world.jobs.calls.count("evaluate") == 2)
     world.stop()
-    operate(world, "nodes", "revoke", "bad", "--drop-shards")
+    with claimed(world.root):  # `forge run`, say
+        refused = CliRunner().invoke(main, ["nodes", "revoke", "bad", "--drop-shards", "--run-dir", str(world.root)])
+    assert refused.exit_code == 6 and "Another forge" in refused.stderr
     assert not is_placeholder(world.run.model / expert_file(1))
+    said = operate(world, "nodes", "revoke", "bad", "--drop-shards")
+    assert "expert 1 leaves the model and is trained anew" in said
+    assert is_placeholder(world.run.model / expert_file(1))
     world.start()
     world.node("good")
-    assert is_placeholder(world.run.model / expert_file(1))
     manifest = json.loads((world.run.model / "modularforge.json").read_text())
     assert [row["sha256"] for row in manifest["experts"]] == [None] * 3
 

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from click.testing import CliRunner
 import pytest
 
+from coordinator.admin import INFO_FILE, describe, find_run
 from coordinator.cli import main
+from forge.errors import NetworkError
+from forge.vocabulary import DATABASE_FILE, LOCK_FILE
 
 from .conftest import World
 from .fakes import make_shard, until
@@ -25,6 +29,8 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
     shown = CliRunner().invoke(main, ["status", "--run-dir", str(world.root)])
     assert shown.exit_code == 0
     assert "3/9" in shown.output
+    node.heartbeat(assignment.lease_id, activity="downloading", step=143, steps=814)  # Bytes.
+    assert "143/814" not in CliRunner().invoke(main, ["status", "--run-dir", str(world.root)]).output
     node.hand_in(assignment, shard, world.run_id)
     node.verdict(assignment, shard, world.run_id)
     until(lambda: world.jobs.calls.count("evaluate") == 2 and "with 1 of " in CliRunner().invoke(
@@ -35,6 +41,32 @@ def test_status_shows_partitions_nodes_and_perplexities(world: World) -> None:
         "last_rejection": [], "progress": None}  # fmt: skip
     assert answer["nodes"][0]["accepted"] == 1
     assert [row["mean_perplexity"] for row in answer["evaluations"]] == [100.0, 99.0]
+
+
+def test_a_contribution_that_was_not_measured_is_left_out() -> None:
+    contributors = [{"name": "ada", "nats": 0.25, "experts": [{"partition": 0, "nats": 0.25}]},
+                    {"name": "bob", "nats": None, "experts": [{"partition": 1, "nats": None}]}]  # fmt: skip
+    status: dict[str, Any] = {
+        "run": {"name": "tiny", "run_id": "0", "phase": "experts"}, "activity": "", "partitions": [], "nodes": [],
+        "evaluations": [], "snapshot": {"contributors": contributors}}  # fmt: skip
+    assert [line for line in describe(status).splitlines() if "contribution" in line] == [
+        "contribution of ada: +0.2500 nats a token, by expert 0 (+0.2500)"]  # fmt: skip
+
+
+def test_a_coordinator_that_was_killed_does_not_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    killed = Path("runs", "killed")
+    killed.mkdir(parents=True)
+    Path("runs", "tiny").symlink_to(world.root)
+    left = (world.root / INFO_FILE).read_bytes()
+    (killed / INFO_FILE).write_bytes(left)
+    for file in (LOCK_FILE, DATABASE_FILE):
+        (killed / file).touch()
+    assert find_run(None) == Path("runs", "tiny")
+    world.stop()
+    (world.root / INFO_FILE).write_bytes(left)
+    with pytest.raises(NetworkError, match="No coordinator runs"):
+        find_run(None)
 
 
 def test_the_command_starts_quickly_and_never_imports_torch() -> None:

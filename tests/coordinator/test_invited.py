@@ -67,6 +67,14 @@ def test_the_string_is_needed_once_and_nothing_is_typed_again(world: World, tmp_
     is_one_sentence(another, "access", "good once and is used up")
 
 
+def test_that_only_this_machine_can_use_an_invitation_is_said(world: World, tmp_path: Path) -> None:
+    create = f"forge-coordinator token create --run-dir {world.root}"
+    words = "Only this machine can use it"
+    assert words in run(create, tmp_path).err and words not in run(f"{create} --address 192.0.2.1:7433", tmp_path).err
+    (said,) = [line for line in world.said if "only this machine can join" in line]
+    assert said.endswith(f"start with --listen 0.0.0.0:{port_of(world)} for others")
+
+
 def test_a_phone_reads_the_code_on_the_terminal(world: World, tmp_path: Path) -> None:
     made = run(f"forge-coordinator token create --qr --run-dir {world.root}", tmp_path)
     halves = {" ": (0, 0), "▀": (255, 0), "▄": (0, 255), "█": (255, 255)}  # What a light character leaves of each half.

@@ -109,6 +109,22 @@ def test_events_are_read_without_a_coordinator_and_followed_across_its_restart(w
         lines.close()
 
 
+def test_what_needs_no_coordinator_finds_the_run_of_one_that_is_stopped(world: World, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "of-forge-run").mkdir(parents=True)
+    Path("runs", "tiny").symlink_to(world.root)
+    world.node("laptop")
+    world.stop()
+    for command, words in ((["events"], "started"), (["token", "list"], "used up"), (["nodes", "list"], "laptop")):
+        shown = CliRunner().invoke(main, command)
+        assert shown.exit_code == 0 and words in shown.output, shown.output
+    assert CliRunner().invoke(main, ["status"]).exit_code == 7
+    Path("runs", "copy").symlink_to(world.root)
+    several = CliRunner().invoke(main, ["events"])
+    assert several.exit_code == 3 and "runs/copy, runs/tiny are coordinators' run directories" in several.stderr
+
+
 def test_an_event_for_people_is_its_sentence_or_its_facts() -> None:
     at = '"ts": "2026-01-01T12:00:00.000+00:00"'
     joined = event_line(f'{{{at}, "event": "joined", "node_id": "ab", "name": "ada"}}')

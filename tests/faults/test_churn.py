@@ -91,7 +91,7 @@ def test_nodes_die_leave_and_come(tmp_path: Path) -> None:
         fleet.running["ada"].kill()  # For good: its lease expires.
         for name in ("dora", "emil"):
             fleet.start(name)
-        words = f"Another node left partition {left['partition']} at step 1."
+        words = f"Partition {left['partition']} was left at step 1."
         until(lambda: any(words in fleet.said(name) for name in ("dora", "emil")), PATIENCE)
         fleet.running["cleo"].kill()
         fleet.running["cleo"].wait()

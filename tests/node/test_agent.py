@@ -72,7 +72,7 @@ def test_a_node_trains_until_nothing_is_left(node: Node, coordinator: FakeCoordi
         "node_name": "tester", "config_fingerprint": CONFIG.fingerprint, "shared_sha256": coordinator.shared,
         "format_version": "1", "checkpoints": {},
     }  # fmt: skip
-    assert "Leased partition 0: 500 tokens." in printed
+    assert "Leased partition 0: 500 tokens." in printed and "\npartition 0: starting to train\n" in printed
     assert "accepted and credited to tester" in printed
     assert "trainer of partition 0: peak memory: measured" in printed and "agent: peak memory: measured" in printed
     assert "Nothing is left to do: every partition is accepted." in printed

@@ -54,7 +54,8 @@ def test_a_machine_that_can_work(run_dir: Path, tmp_path: Path) -> None:
     assert {finding["state"] for name, finding in found.items() if name != "memory"} == {"ok"}
     assert list(found) == ["python", "torch", "grpcio", "training", "memory", "disk", "your rules", "clock", "coordinator"]
     shown = Invitation.parse(token).fingerprint.hex()[:16]
-    assert found["coordinator"]["found"].endswith(f" answers, known by its CA {shown}")
+    assert found["coordinator"]["found"].endswith(f" answers, known by its CA {shown}; only joining tells whether the invitation "
+                                                  "is still good")  # fmt: skip
     assert "on cpu, in " in found["training"]["found"]
     assert not (tmp_path / "node").exists() and "0/1" in _operate("list", "--run-dir", str(run_dir)), "nothing is changed"
 
@@ -67,6 +68,13 @@ def test_what_is_broken_is_said_with_what_to_mend(tmp_path: Path) -> None:
     code, found = _doctor(tmp_path / "node", "127.0.0.1:9")
     assert code == 1 and found["coordinator"]["found"] == "nobody answers at 127.0.0.1:9: it cannot be reached"
     assert "firewall" in found["coordinator"]["mend"]
+
+
+def test_a_machine_that_never_joined_is_not_broken(tmp_path: Path) -> None:
+    code, found = _doctor(tmp_path / "node")
+    assert code == 0 and found["coordinator"]["state"] == "warning"
+    assert found["coordinator"]["found"] == "this machine has not joined one yet"
+    assert "forge-node join INVITATION" in found["coordinator"]["mend"]
 
 
 def test_a_coordinator_that_is_not_the_one_of_the_invitation(run_dir: Path, tmp_path: Path) -> None:

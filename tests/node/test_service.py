@@ -49,6 +49,7 @@ def test_the_unit_runs_the_same_join_and_is_removed_again(home: Path) -> None:
 
 
 def test_paths_are_those_of_the_directory_it_was_typed_in(home: Path) -> None:
+    (home / "100% mine" / "my.yaml").write_text("when: idle\n")
     done = typed(home, "--config=my.yaml", "--data-dir", "../100% mine", "--once", "--insecure", "--insecure", "--log-format",
                  "json", cwd=home / "100% mine")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -74,7 +75,12 @@ def test_systemd_finds_nothing_wrong(home: Path) -> None:
     (["forge1_abc"], 3, "takes no invitation"),
     (["--token", "forge1_abc"], 3, "takes no invitation"),
     (["--data-dir", "elsewhere"], 3, "join once"),
+    (["--data-dir", "elsewhere"], 3, "has not joined"),
     (["--rum", "2G"], 2, "No such option"),
+    (["--ram", "8Q"], 3, "'8Q' is not a size"),
+    (["--hours", "25"], 3, "--hours"),
+    (["--config", "nowhere.yaml"], 3, "nowhere.yaml"),
+    (["--ram", "900T"], 5, "give at most --ram"),
 ])  # fmt: skip
 def test_what_cannot_be_a_service_is_refused(home: Path, arguments: list[str], code: int, words: str) -> None:
     done = typed(home, *arguments)
