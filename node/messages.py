@@ -77,7 +77,7 @@ class Done:
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far the work on a lease is. `activity` is downloading, training, uploading or paused, or empty while nothing is known;
-    sizes in bytes.
+    the owner alone is shown `starting to train`. Sizes in bytes.
     """
 
     activity: str
