@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import time
 from typing import IO, Any
 import uuid
 
@@ -23,6 +24,8 @@ from forge.system import lock, sync_directory
 from forge.vocabulary import CHUNK_BYTES, DATABASE_FILE, LOCK_FILE
 
 TEMPORARY_SUFFIX = ".tmp"
+#: How often, and how many seconds apart, a lock is asked for that another process has.
+_LOOKS, _LOOK_SECONDS = 3, 0.05
 
 
 @contextmanager
@@ -279,10 +282,19 @@ def exclusive(path: Path, sentence: str) -> Iterator[None]:
         file = open(path, "a+b")  # noqa: SIM115 - closed below, whatever the block raises
     with file:
         with storage_errors(path):
-            held = lock(file.fileno())
+            held = _take(file.fileno())
         if not held:
             raise StorageError(sentence)
         yield
+
+
+def _take(descriptor: int) -> bool:
+    """Take a lock, or ask a few times for it: who only looks whether it is held (`is_locked`) holds it for an instant."""
+    for _ in range(_LOOKS):
+        if lock(descriptor):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 @contextmanager

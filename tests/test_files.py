@@ -4,12 +4,15 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+import threading
+import time
 
 import pytest
 
 from forge.config import load_config
 from forge.errors import RunMismatchError, StorageError, report_errors, storage_errors
-from forge.files import BlobStore, RunDirectory, atomic_file, hash_file, link_or_copy, read_json, write_json
+from forge.files import BlobStore, RunDirectory, atomic_file, exclusive, hash_file, link_or_copy, read_json, write_json
+from forge.system import is_locked
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
@@ -89,3 +92,26 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="Cannot use"):
         RunDirectory.open(tmp_path / "file" / "run", load_config("smoke"))
+
+
+def test_who_only_looks_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
+    """Commands that look for a running coordinator hold its lock for an instant, in which another one may start."""
+    path, over = tmp_path / "run.lock", threading.Event()
+    path.touch()
+
+    def look() -> None:
+        while not over.is_set():
+            is_locked(path)
+            time.sleep(0.001)
+
+    onlooker = threading.Thread(target=look)
+    onlooker.start()
+    try:
+        for _ in range(300):
+            with exclusive(path, "somebody else works here"):
+                pass
+    finally:
+        over.set()
+        onlooker.join()
+    with exclusive(path, ""), pytest.raises(StorageError, match="somebody else"), exclusive(path, "somebody else works here"):
+        pass
