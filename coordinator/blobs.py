@@ -249,8 +249,8 @@ class Uploads:
                 if self._open.get(sha256) is not upload:  # Another one took its place, and so may the part be another one's.
                     raise UploadInterruptedError("The upload was dropped for another one: ask for the offset.")
                 os.replace(path, self.store.path(sha256))
-                sync_directory(self.store.directory)
                 del self._open[sha256]
+            sync_directory(self.store.directory)
         return upload.size
 
     def _held(self, sha256: str) -> int:
