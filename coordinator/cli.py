@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forge.errors import INTERRUPTED, ConfigError, StorageError, report_errors
-from forge.live import print_anything
 from forge.tracking import track_option
 from forge.vocabulary import DASHBOARD_PORT, DEFAULT_PORT, INDEX_FILE
 
@@ -31,7 +30,6 @@ INVITED = 5
 @click.version_option(package_name="modularforge")
 def main() -> None:
     """Coordinate a run: prepare it, lease its partitions to nodes, and assemble the experts they train."""
-    print_anything()
 
 
 @main.command()

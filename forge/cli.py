@@ -14,7 +14,6 @@ import click
 from forge.data.cli import data
 from forge.devices import DEVICES, find_device
 from forge.errors import INTERRUPTED, ConfigError, ProvenanceError, StorageError, report_errors
-from forge.live import print_anything
 from forge.system import total_memory, wait_asleep
 from forge.terminal import Printer, print_evaluation
 from forge.tracking import track_evaluations, track_option, track_progress, tracking
@@ -33,7 +32,6 @@ def main() -> None:
     CONFIG is a YAML file or the name of a packaged one: smoke, default (where none is given) or billion.
     """
     wait_asleep()
-    print_anything()
 
 
 main.add_command(data)

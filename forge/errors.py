@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 import errno
+import io
 import os
 import sys
 
@@ -144,9 +145,14 @@ BY_CODE: dict[str, type[ForgeError]] = {
 def report_errors() -> Iterator[None]:
     """Decorate a command: a user's error becomes one sentence on stderr and its documented exit code.
 
+    What the encoding of standard output lacks is printed as `?` instead of failing, since anybody may name a node anything: on
+    Windows that is cp1252 or the like as soon as the output goes to a file.
+
     Raises:
         SystemExit: with that code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         with file_errors():
             yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-import io
 import json
 import os
 import sys
@@ -25,15 +24,6 @@ LogFormat = Literal["text", "json"]
 LEAST_COLUMNS, LEAST_ROWS = 40, 8
 #: Columns of the bar, at most.
 BAR_COLUMNS = 60
-
-
-def print_anything() -> None:
-    """Have standard output print `?` for what its encoding lacks instead of failing: anybody may name a node anything.
-
-    On Windows that is cp1252 or the like as soon as the output goes to a file.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 @dataclass(frozen=True, kw_only=True)

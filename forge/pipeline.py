@@ -14,12 +14,12 @@ from typing import Any
 from forge.checkpoint.assembly import accept, arrived, start
 from forge.checkpoint.provenance import keep, origin
 from forge.config import RunConfig
-from forge.errors import ForgeError, MemoryBudgetError, ShardError
+from forge.errors import ForgeError, ShardError
 from forge.files import RunDirectory, hash_file, read_json, write_json
 from forge.jobs import Job
 from forge.system import peak_resident_bytes, total_memory
 from forge.train.memory import STAGES as MEMORY_STAGES
-from forge.train.memory import Stage, format_size, hungriest, plan, process_bytes
+from forge.train.memory import Stage, check_ram, hungriest, plan, process_bytes
 from forge.vocabulary import STAGES
 
 Progress = Callable[..., None]
@@ -297,7 +297,5 @@ def check_budget(config: RunConfig, ram_bytes: int, stages: Iterable[Stage] = ME
     Raises:
         MemoryBudgetError: names the `--ram` that would do.
     """
-    if ram_bytes > (there := total_memory()):
-        raise MemoryBudgetError(f"--ram asks for {format_size(ram_bytes)} and this machine has {format_size(there)}: give at "
-                                f"most --ram {there >> 20}M.")  # fmt: skip
+    check_ram(ram_bytes, total_memory())
     plan(config, hungriest(config, stages), ram_bytes)

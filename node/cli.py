@@ -15,7 +15,6 @@ import click
 from click.core import ParameterSource
 
 from forge.errors import ConfigError, MemoryBudgetError, report_errors
-from forge.live import print_anything
 from forge.vocabulary import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 @click.version_option(package_name="modularforge", prog_name="forge-node")
 def main() -> None:
     """Train experts of a shared model on this machine."""
-    print_anything()
 
 
 def _data_dir_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,6 +143,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
         The exit code.
     """
     from forge.system import default_threads
+    from forge.train.memory import check_ram
     from node.agent import Agent
     from node.client import FleetClient
     from node.console import Console
@@ -157,7 +156,7 @@ def run_node(link: Link, preferences: Preferences, data_dir: Path, once: bool, r
 
     machine = MachineProfile.measure(preferences.device)
     ram_bytes = preferences.ram or machine.default_ram_bytes
-    machine.check_ram(ram_bytes)
+    check_ram(ram_bytes, machine.memory_bytes)
     if ram_bytes <= 0:
         raise MemoryBudgetError("This machine has no memory to spare right now: close something, or say with --ram how "
                                 "much training may use.")  # fmt: skip
@@ -246,6 +245,7 @@ def install_service(options: tuple[str, ...], uninstall: bool) -> None:
 
     The node must have joined once: the service takes no invitation, which would stand in its file for everybody to read.
     """
+    from forge.train.memory import check_ram
     from node import service
     from node.link import BOOK_FILE
     from node.machine import MachineProfile
@@ -264,7 +264,7 @@ def install_service(options: tuple[str, ...], uninstall: bool) -> None:
         raise ConfigError(f"This node has not joined a coordinator before: {join_once} run the same command again.")
     limits = {name.replace("_", "-"): value for name, value in given.items() if name in Preferences.model_fields}
     preferences = load_preferences(given["config"], here, limits)
-    MachineProfile.measure(preferences.device).check_ram(preferences.ram or 0)
+    check_ram(preferences.ram or 0, MachineProfile.measure(preferences.device).memory_bytes)
     typed = [option for option in join.params if isinstance(option, click.Option) and option.name != "data_dir"
              and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE]  # fmt: skip
     words = [word for option in typed for word in _words(option, given[option.name])]

@@ -10,7 +10,6 @@ import socket
 import psutil
 
 from forge.devices import find_device
-from forge.errors import MemoryBudgetError
 from forge.system import cgroup_memory, total_memory, usable_cores
 
 GIB = 1 << 30
@@ -71,14 +70,3 @@ class MachineProfile:
     def default_ram_bytes(self) -> int:
         """What a node may use when its owner names nothing: what is to spare, at most `DEFAULT_RAM_CAP`."""
         return min(self.spare_bytes, DEFAULT_RAM_CAP)
-
-    def check_ram(self, ram_bytes: int) -> None:
-        """Refuse a --ram that this machine does not have.
-
-        Raises:
-            MemoryBudgetError: `ram_bytes` is more than the machine's memory.
-        """
-        if ram_bytes > self.memory_bytes:
-            raise MemoryBudgetError(
-                f"--ram asks for {ram_bytes / GIB:.1f} GiB and this machine has {self.memory_bytes / GIB:.1f} GiB: "
-                f"give at most --ram {max(1, self.memory_bytes >> 20)}M.")  # fmt: skip

@@ -134,6 +134,17 @@ def plan(config: RunConfig, stage: Stage, ram_bytes: int, products: Products | N
         f"allows {format_size(ram_bytes)}: use --ram {math.ceil(needed / (64 * MB)) * 64}M or more.")  # fmt: skip
 
 
+def check_ram(ram_bytes: int, memory_bytes: int) -> None:
+    """Refuse a --ram that a machine with so much memory does not have.
+
+    Raises:
+        MemoryBudgetError: `ram_bytes` is more.
+    """
+    if ram_bytes > memory_bytes:
+        raise MemoryBudgetError(f"--ram asks for {format_size(ram_bytes)} and this machine has {format_size(memory_bytes)}: give "
+                                f"at most --ram {max(1, memory_bytes >> 20)}M.")  # fmt: skip
+
+
 def hungriest(config: RunConfig, stages: Iterable[Stage]) -> Stage:
     """The stage whose smallest plan is the largest: what fits it fits them all."""
     return max(stages, key=lambda stage: min(candidate.peak_bytes for candidate in candidates(config, stage)))

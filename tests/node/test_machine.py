@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from forge.errors import MemoryBudgetError
+from forge.train.memory import check_ram
 from node.machine import GIB, MachineProfile
 
 
@@ -22,4 +23,4 @@ def test_default_ram(machine: MachineProfile) -> None:
     assert replace(eight, free_bytes=GIB // 2).default_ram_bytes == 0
     assert (eight.reserve_bytes, eight.spare_bytes) == (GIB, 4 * GIB)
     with pytest.raises(MemoryBudgetError, match="at most --ram 8192M"):
-        eight.check_ram(9 * GIB)
+        check_ram(9 * GIB, eight.memory_bytes)
