@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from forge.config import ModelConfig
 from forge.errors import StorageError
 from forge.model import names
-from forge.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
+from forge.model.attention import Attention, Rotary, rotary_tables
 from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.recompute import recomputed
 
@@ -49,11 +49,9 @@ class DenseLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = FeedForward(config.d_model, config.ffn_width)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: Rotary, cache: KeyValueCache | None = None, layer: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return the layer's output and the input of its FFN (which is its gate's input), (B, T, D) each."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, cache, layer)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary)
         gate_input_BTD = self.post_attention_layernorm(x_BTD)
         return x_BTD + self.mlp(gate_input_BTD), gate_input_BTD
 
@@ -135,31 +133,25 @@ class DenseLM(nn.Module):
             attention.v_proj.weight[head] = 0
             attention.o_proj.weight[:, group] = 0
 
-    def forward(
-        self, tokens_BT: Tensor, gate_inputs: list[Tensor] | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, gate_inputs: list[Tensor] | None = None) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens_BT: token ids, int64.
             gate_inputs: when given, each layer's gate input (B, T, D) is appended to it.
-            cache: keys and values of earlier tokens; the new ones are added to it.
 
         Returns:
             hidden_BTD; logits are `hidden_BTD @ head_weight.T`.
         """
-        length = tokens_BT.shape[1]
-        rotary = rotary_tables(self.config, length, tokens_BT.device) if cache is None else cache.rotary(length)
+        rotary = rotary_tables(self.config, tokens_BT.shape[1], tokens_BT.device)
         x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
-        for index, layer in enumerate(self.model.layers):
+        for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 x_BTD, gate_input_BTD = recomputed(layer, x_BTD, rotary)
             else:
-                x_BTD, gate_input_BTD = layer(x_BTD, rotary, cache, index)
+                x_BTD, gate_input_BTD = layer(x_BTD, rotary)
             if gate_inputs is not None:
                 gate_inputs.append(gate_input_BTD)
-        if cache is not None:
-            cache.advance(length)
         hidden_BTD: Tensor = self.model.norm(x_BTD)
         return hidden_BTD
 

@@ -16,6 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from forge.errors import ConfigError
 from forge.evaluate.generate import Sampling, Token, choose, generate, generate_ids, penalised, pieces, tokens
 from forge.model import names
+from forge.model.attention import KeyValueCache
 from forge.model.moe import MixtureLM, Routing
 from forge.vocabulary import END_OF_TEXT, ROUTER_FILE, expert_file
 from tests.model.conftest import TINY, write_mixture
@@ -45,6 +46,16 @@ def test_the_cache_gives_what_starting_over_gives(model: MixtureLM) -> None:
         text.append(int((hidden_BTD[0, -1] @ model.head_weight.T).argmax()))
     assert generate_ids(model, [5, 6, 7], 20, temperature=0) == text[3:]
     assert generate_ids(model, [5, 6, 7], 20, temperature=1.0, top_k=1) == text[3:]
+
+
+@torch.inference_mode()
+def test_a_cache_gives_what_the_whole_text_gives(model: MixtureLM) -> None:
+    text = torch.randint(1, TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
+    cache = KeyValueCache(TINY, batch=2, capacity=48)
+    pieces = [model(piece, cache=cache) for piece in torch.split(text, [20, 1, 17, 1, 9], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(text), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="48 tokens cannot hold 49"):
+        model(text[:, :1], cache=cache)
 
 
 def test_a_seed_decides(model: MixtureLM) -> None:

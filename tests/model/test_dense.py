@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from forge.errors import StorageError
 from forge.model import names
-from forge.model.attention import KeyValueCache, causal_attention
+from forge.model.attention import causal_attention
 from forge.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from forge.model.lm import DenseLM, load_dense
 from forge.model.moe import MixtureLM
@@ -184,16 +184,6 @@ def test_a_token_depends_on_nothing_after_it() -> None:
     changed[:, 30:] = 5
     with torch.inference_mode():
         assert torch.equal(model(TOKENS)[:, :30], model(changed)[:, :30])
-
-
-def test_a_cache_gives_what_the_whole_text_gives() -> None:
-    model = fresh()
-    cache = KeyValueCache(TINY, batch=2, capacity=48)
-    with torch.inference_mode():
-        pieces = [model(piece, cache=cache) for piece in torch.split(TOKENS, [20, 1, 17, 1, 9], dim=1)]
-        torch.testing.assert_close(torch.cat(pieces, dim=1), model(TOKENS), rtol=1e-5, atol=1e-5)
-        with pytest.raises(ValueError, match="48 tokens cannot hold 49"):
-            model(TOKENS[:, :1], cache=cache)
 
 
 def test_bfloat16_products_stay_close() -> None:
