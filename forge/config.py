@@ -204,8 +204,9 @@ class PhaseConfig(Section):
     """Tokens to train on (in an expert phase: tokens an expert)."""
     batch_size: Count | None = Field(default=None, ge=1)
     """Sequences an optimiser step of this phase sees; `train.batch_size` where none is given."""
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate. Muon's updates are rescaled to AdamW's RMS, so one value serves both."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate. Muon's updates are rescaled to AdamW's RMS, so one value serves both. The best one falls with the width
+    and with the number of tokens (docs/log.md, 2026-11-28)."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps in which the rate rises linearly from zero."""
     decay_fraction: Fraction = 0.4

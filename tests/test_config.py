@@ -23,7 +23,7 @@ def test_the_default_is_the_documented_table() -> None:
     model = config.model
     assert (model.d_model, model.d_ff, model.n_layers, model.n_experts, model.top_k, model.vocab_size,
             model.max_seq_len, config.train.batch_size) == (512, 2048, 4, 5, 2, 16384, 512, 16)  # fmt: skip
-    assert config.train.shared.learning_rate == config.train.expert.learning_rate == 3e-4
+    assert config.train.shared.learning_rate == config.train.expert.learning_rate == 1e-3
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
