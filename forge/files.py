@@ -290,10 +290,11 @@ def exclusive(path: Path, sentence: str) -> Iterator[None]:
 
 def _take(descriptor: int) -> bool:
     """Take a lock, or ask a few times for it: who only looks whether it is held (`is_locked`) holds it for an instant."""
-    for _ in range(_LOOKS):
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_LOOK_SECONDS)
         if lock(descriptor):
             return True
-        time.sleep(_LOOK_SECONDS)
     return False
 
 
